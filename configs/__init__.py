@@ -1,0 +1,1 @@
+"""One TOML file for each model that can be served by name."""
