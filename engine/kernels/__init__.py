@@ -1,0 +1,1 @@
+"""What measurement justified, beside its plain torch reference."""

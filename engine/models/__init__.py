@@ -1,0 +1,1 @@
+"""Models: from a name to something that maps tokens to logits."""

@@ -1,0 +1,81 @@
+"""What the engine needs to know of a model, whatever runs it."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention import Attention
+from engine.attention.torch_paged import LayerCache
+from engine.kernels.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one layer keeps of a token: `heads` keys of `key_dim` and values of `value_dim`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numel(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInput:
+    """One step's tokens, [T] int64 each, and how they attend. Made by the runner, read by all."""
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: Any  # the plan of the attention backend
+
+
+class Model(Protocol):
+    """A decoder: `forward` and `logits` are all the engine calls."""
+
+    vocab_size: int
+    context_len: int  # the longest sequence it was made for
+    dtype: torch.dtype
+    kv_shapes: list[KVShape]  # one per layer that attends
+
+    def forward(
+        self, inputs: ForwardInput, cache: list[LayerCache], attention: Attention
+    ) -> Tensor:
+        """The final hidden states, [T, H]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, H] to logits [R, V] float32."""
+        ...
+
+
+class Head:
+    """Projects hidden states to float32 logits.
+
+    bfloat16 numbers between 16 and 32 are 0.125 apart: two candidates a hair apart would tie, and
+    the lower id win. So the product is accumulated and returned in float32. On CPU the weight is
+    float32 itself; where it is the input embedding, that tensor is shared, not copied. On CUDA a
+    16-bit weight stays as it is and the product is widened inside the kernel.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, tied: bool = False) -> None:
+        self._weight = weight
+        self._bias = None if bias is None else bias.float()
+        self._linear = None
+        if weight.dtype == torch.float32:
+            self._linear = Linear(weight, self._bias, pack=not tied)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[R, H] to [R, V] float32."""
+        if self._linear is not None:
+            return self._linear(hidden.float())
+        logits = torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
+        return logits if self._bias is None else logits + self._bias
+
+
+def head_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The type the head's weight is kept in; see `Head`."""
+    return torch.float32 if device == "cpu" else dtype

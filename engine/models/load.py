@@ -1,0 +1,44 @@
+"""A Hugging Face folder as a model that runs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from engine.errors import ModelUnavailable
+from engine.models import llama
+from engine.models.base import Model
+from engine.models.transformers import TransformersModel
+from engine.models.weights import Weights
+
+
+def load_config(folder: Path) -> Any:
+    """The folder's Hugging Face config. Raises ModelUnavailable."""
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelUnavailable(f"no usable config.json in {folder}: {reason}") from error
+
+
+def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
+    """The type to run in. "auto": the checkpoint's on CUDA; on CPU bfloat16 where the processor
+    multiplies it (AMX, AVX512-BF16), else float32.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device == "cpu":
+        cpu: Any = torch.cpu
+        native = cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return getattr(config, "dtype", None) or torch.bfloat16
+
+
+@torch.inference_mode()
+def load_model(folder: Path, config: Any, dtype: torch.dtype, device: str) -> Model:
+    """Load weights and everything else that runs. Raises ModelUnavailable with the reason."""
+    if llama.fits(config):
+        return llama.load(config, Weights(folder, dtype, device))
+    return TransformersModel(folder, config, dtype, device)

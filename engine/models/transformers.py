@@ -1,0 +1,266 @@
+"""Any other decoder: run by its own `transformers` code, with our paged attention plugged in.
+
+Hugging Face's models hand queries, keys and values of each layer to an attention function chosen
+by name. Ours writes them to the paged cache and attends there, so a step's tokens of many
+sequences can be packed into one row of tokens with explicit positions. Whatever a model does
+outside that function (mixing tokens, say) would break this, so a model is tried at start against
+its own plain forward pass, and refused if the two differ.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from engine.attention import Attention, choose_attention
+from engine.attention.torch_paged import LayerCache, Span
+from engine.errors import ModelUnavailable
+from engine.kernels.linear import Linear
+from engine.models.base import ForwardInput, Head, KVShape, head_dtype
+
+_NAME = "logitmill"
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "attention"}
+_CHANGES_SCORES = ("s_aux", "position_bias", "alibi")  # arguments we do not compute
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+class _Attend(Protocol):
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor: ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, T, Dk]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - ours follows from positions alone
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with `transformers`; it works for the model that owns `module`."""
+    strange = [name for name in _CHANGES_SCORES if options.get(name) is not None]
+    if strange:
+        raise ModelUnavailable(f"its attention uses {strange[0]}, which is not supported")
+    step: _Step = module.logitmill_step  # type: ignore[assignment]
+    assert step.attend is not None
+    attended = step.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return attended.unsqueeze(0), None
+
+
+@dataclass
+class _Step:
+    """How this step attends. Every module of a model holds the model's one instance of this.
+
+    Passing it as an argument would be plainer, but not all of `transformers`' layers pass what
+    they do not know on to the attention function.
+    """
+
+    attend: _Attend | None = None
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+@dataclass
+class _Shapes:
+    """Stands in for attention once, to learn what each layer keeps of a token."""
+
+    seen: dict[int, KVShape]
+    windows: set[int | None]
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,  # noqa: ARG002
+        window: int | None,
+        softcap: float | None,  # noqa: ARG002
+    ) -> Tensor:
+        self.seen[layer] = KVShape(k.shape[1], k.shape[2], v.shape[2])
+        self.windows.add(window)
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+
+
+class TransformersModel:
+    """A Hugging Face causal language model behind the engine's two calls."""
+
+    def __init__(self, folder: Path, config: Any, dtype: torch.dtype, device: str) -> None:
+        """Load and try it. Raises ModelUnavailable with the reason if it cannot be served."""
+        text = config.get_text_config(decoder=True)
+        kind = config.model_type
+        _refuse_by_config(config, text)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, attn_implementation="eager"
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ModelUnavailable(f"{kind} cannot be loaded: {reason}") from error
+        if getattr(model, "_is_stateful", False):
+            raise ModelUnavailable(f"{kind} keeps a state instead of keys and values")
+        self._model = model.to(device).eval()
+        self._step = _Step()
+        self._device = device
+        self.dtype = dtype
+        self.vocab_size = int(text.vocab_size)
+        self._softcap = getattr(text, "final_logit_softcapping", None)
+        self._factor = getattr(text, "logit_scale", None) or 1.0
+        self._factor /= getattr(text, "logits_scaling", None) or 1.0
+        head = model.get_output_embeddings()
+        tied = head.weight is model.get_input_embeddings().weight
+        self._head = Head(head.weight.data.to(head_dtype(dtype, device)), head.bias, tied=tied)
+        for module in model.modules():
+            module.logitmill_step = self._step
+            if type(module) is nn.Linear and module is not head:
+                # Reads the weight where it is, so that nothing is held twice.
+                module.forward = Linear(module.weight, module.bias, pack=False)  # type: ignore
+        self.kv_shapes = self._try(kind, text)
+        self.context_len = _context_len(text)
+
+    @torch.inference_mode()
+    def forward(
+        self, inputs: ForwardInput, cache: list[LayerCache], attention: Attention
+    ) -> Tensor:
+        """The final hidden states, [T, H]."""
+
+        def paged(
+            layer: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            scale: float,
+            window: int | None,
+            softcap: float | None,
+        ) -> Tensor:
+            return attention.attend(
+                q,
+                k,
+                v,
+                cache[layer],
+                inputs.attention,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            )
+
+        return self._run(inputs.token_ids, inputs.positions, paged)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, H] to logits [R, V] float32, with the family's own scalings."""
+        logits = self._head(hidden)
+        if self._factor != 1.0:
+            logits = logits * self._factor
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def _run(self, token_ids: Tensor, positions: Tensor, paged: _Attend) -> Tensor:
+        self._step.attend = paged
+        output = self._model.base_model(
+            input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def _try(self, kind: str, text: Any) -> list[KVShape]:
+        """Run two packed sequences both ways; returns what each layer keeps of a token."""
+        lengths = (5, 3)
+        span = min(self.vocab_size - 1, 97)
+        ids = (torch.arange(sum(lengths), device=self._device) * 13 + 1) % span
+        parts = ids.split(lengths)
+        wanted = torch.cat([self._model(part.unsqueeze(0)).logits[0] for part in parts])
+
+        try:
+            self._model.set_attn_implementation(_NAME)
+        except (ValueError, KeyError) as error:
+            raise _outside_interface(kind) from error
+        positions = torch.cat([torch.arange(length, device=self._device) for length in lengths])
+        shapes = _Shapes({}, set())
+        self._run(ids, positions, shapes)
+        if sorted(shapes.seen) != list(range(text.num_hidden_layers)):
+            raise _outside_interface(kind)
+        window = getattr(text, "sliding_window", None)
+        if window is not None and shapes.windows == {None} and _slides(text):
+            raise ModelUnavailable(f"{kind} does not tell the attention function its window")
+        kv_shapes = [shapes.seen[layer] for layer in range(text.num_hidden_layers)]
+
+        attention = choose_attention(8, self._device)
+        cache = [_small_cache(shape, wanted.dtype, self._device) for shape in kv_shapes]
+        plan = attention.plan([Span(0, length, [i]) for i, length in enumerate(lengths)])
+        got = self.logits(self.forward(ForwardInput(ids, positions, plan), cache, attention))
+        difference = float((got - wanted.float()).abs().max() / wanted.float().abs().max())
+        if not difference <= _TOLERANCE[self.dtype]:
+            raise ModelUnavailable(
+                f"{kind} gives other logits with paged attention (relative difference "
+                f"{difference:.1e}), so its results would be wrong"
+            )
+        return kv_shapes
+
+
+def _refuse_by_config(config: Any, text: Any) -> None:
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelUnavailable(f"{kind} is an encoder-decoder; only decoders are served")
+    others = set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS
+    if others:
+        raise ModelUnavailable(
+            f"{kind} has layers that are not served: {', '.join(sorted(others))}"
+        )
+
+
+def _outside_interface(kind: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{kind} computes attention in its own code, not through transformers' attention interface"
+    )
+
+
+def _slides(text: Any) -> bool:
+    types = getattr(text, "layer_types", None)
+    if types is not None:
+        return "sliding_attention" in types
+    return bool(getattr(text, "use_sliding_window", True))
+
+
+def _context_len(text: Any) -> int:
+    """The longest sequence whose positions mean the same at every length."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    longest = int(text.max_position_embeddings)
+    if rope.get("rope_type") == "longrope":
+        # Past this, other angles apply to the whole batch: one long sequence would change all.
+        return min(longest, int(rope.get("original_max_position_embeddings", longest)))
+    return longest
+
+
+def _small_cache(shape: KVShape, dtype: torch.dtype, device: str) -> LayerCache:
+    def blocks(dim: int) -> Tensor:
+        return torch.zeros(2, shape.heads, 8, dim, dtype=dtype, device=device)
+
+    return LayerCache(blocks(shape.key_dim), blocks(shape.value_dim))

@@ -1,0 +1,150 @@
+"""The model's tokenizer, and what each token is in bytes."""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from engine.errors import InvalidRequest, ModelUnavailable
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """Text to ids and back. Reading is thread-safe; nothing is ever written."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load from a Hugging Face folder. Raises ModelUnavailable."""
+        try:
+            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelUnavailable(f"no usable tokenizer in {folder}: {error}") from error
+        if not self.hf.is_fast:
+            raise ModelUnavailable(f"the tokenizer in {folder} has no `tokenizers` form")
+        self._backend = self.hf.backend_tokenizer
+        # A tokenizer.json may ask for padding or truncation, as in training; a server must not.
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.size = max(vocab.values()) + 1
+        added = self._backend.get_added_tokens_decoder()
+        self.special = {i: str(token.content) for i, token in added.items() if token.special}
+        self._added = {i: str(token.content) for i, token in added.items()}
+        self._bytes: dict[int, bytes] = {}
+        decoder = self._backend.decoder
+        kinds = _decoder_kinds(json.loads(decoder.__getstate__())) if decoder else set()
+        self._byte_level = _byte_alphabet() if "ByteLevel" in kinds else None
+        self._byte_fallback = "ByteFallback" in kinds
+
+    @property
+    def bos_id(self) -> int | None:
+        bos: int | None = self.hf.bos_token_id
+        return bos
+
+    @property
+    def eos_id(self) -> int | None:
+        eos: int | None = self.hf.eos_token_id
+        return eos
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Does encoding text put a beginning-of-sequence token first?"""
+        return self.encode("")[:1] == [self.bos_id]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Messages as one prompt, through the chat template, which also sees `variables`.
+
+        Raises InvalidRequest.
+        """
+        if not options.get("chat_template") and not self.hf.chat_template:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
+        variables = variables or {}
+        if taken := sorted(variables.keys() & self._template_arguments):
+            raise InvalidRequest(
+                f"chat_template_kwargs must not hold {taken[0]}",
+                f"chat_template_kwargs.{taken[0]}",
+            )
+        try:
+            text: str = self.hf.apply_chat_template(
+                messages, tokenize=False, **options, **variables
+            )
+        except Exception as error:
+            raise InvalidRequest(
+                f"the chat template refuses these messages: {error}", "messages"
+            ) from error
+        return text
+
+    @cached_property
+    def _template_arguments(self) -> set[str]:
+        return set(inspect.signature(self.hf.apply_chat_template).parameters)
+
+    def text_of(self, token_id: int) -> str:
+        """A token on its own, as shown to people; U+FFFD for a partial character."""
+        return self.bytes_of(token_id).decode(errors="replace")
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes a token adds in the middle of a text; a special token's own string."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._find_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:  # a padding row of the embedding
+            return b""
+        if self._byte_level is not None:
+            mapped = [self._byte_level.get(character) for character in token]
+            return b"".join(
+                character.encode() if byte is None else bytes((byte,))
+                for byte, character in zip(mapped, token, strict=True)
+            )
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes((int(match[1], 16),))
+        # Whatever else the decoder does: see what the token adds behind another one.
+        before = self._backend.decode([self._anchor], skip_special_tokens=False)
+        both = self._backend.decode([self._anchor, token_id], skip_special_tokens=False)
+        return str(both[len(before) :]).encode()
+
+    @cached_property
+    def _anchor(self) -> int:
+        return self.encode("a", add_special_tokens=False)[-1]
+
+    @cached_property
+    def strips_first_space(self) -> bool:
+        """Does decoding drop the space that its first token begins with?"""
+        spaced = self.encode(" a a", add_special_tokens=False)[-1]
+        return self.bytes_of(spaced).startswith(b" ") and not self.decode([spaced]).startswith(" ")
+
+
+def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
+    parts = decoder.get("decoders", [])
+    return {decoder["type"]}.union(*(_decoder_kinds(part) for part in parts))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level BPE vocabularies."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}
