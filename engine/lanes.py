@@ -1,0 +1,133 @@
+"""Lanes: where the per-sequence tensors of live sequences are.
+
+A sequence holds one lane from admission to finish or preemption. A step gathers its rows from
+lanes, so nothing moves when requests come and go.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.types import Rows
+
+
+class Column:
+    """One value per lane, [L], for one parameter of one stage."""
+
+    def __init__(self, num_lanes: int, dtype: torch.dtype, neutral: float, device: str) -> None:
+        self.values = torch.full((num_lanes,), neutral, dtype=dtype, device=device)
+
+    def __setitem__(self, lane: int, value: float) -> None:
+        self.values[lane] = value
+
+    def at(self, rows: Rows) -> Tensor:
+        """The rows' values, [R, 1], so that they broadcast over the vocabulary."""
+        return self.values[rows.lanes].unsqueeze(1)
+
+    def fork(self, parent: int, child: int) -> None:
+        self.values[child] = self.values[parent]
+
+
+class Ragged:
+    """Entries per lane, any number: a token id and a vector of values each.
+
+    All lanes' entries are in one flat pair of tensors, `token_ids` [N] and `values` [N, W]; the
+    vectors are padded on the left to the widest. Writing a lane costs time proportional to all
+    entries, reading is a few tensor operations: such lists are admitted far less often than they
+    are stepped.
+    """
+
+    def __init__(self, num_lanes: int, dtype: torch.dtype, pad: float, device: str) -> None:
+        self.num_lanes = num_lanes
+        self.pad = pad
+        self.lanes = torch.empty(0, dtype=torch.int64, device=device)
+        self.token_ids = torch.empty(0, dtype=torch.int64, device=device)
+        self.values = torch.empty(0, 0, dtype=dtype, device=device)
+
+    def write(
+        self, lane: int, token_ids: list[int], values: list[list[float]] | None = None
+    ) -> None:
+        """Replace the lane's entries."""
+        others = self.lanes != lane
+        if not token_ids and bool(others.all()):
+            return
+        device, dtype = self.values.device, self.values.dtype
+        rows = values if values is not None else [[] for _ in token_ids]
+        width = max([len(row) for row in rows] + [self.values.shape[1]])
+        padded = [[self.pad] * (width - len(row)) + row for row in rows]
+        added = torch.tensor(padded, dtype=dtype, device=device).reshape(len(rows), width)
+        kept = F.pad(self.values[others], (width - self.values.shape[1], 0), value=self.pad)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
+        self.lanes = torch.cat((self.lanes[others], torch.full_like(ids, lane)))
+        self.token_ids = torch.cat((self.token_ids[others], ids))
+        self.values = torch.cat((kept, added))
+
+    def at(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows' entries: row [N], token id [N], values [N, W]."""
+        row_of_lane = torch.full((self.num_lanes,), -1, device=self.lanes.device)
+        row_of_lane[rows.lanes] = torch.arange(len(rows), device=self.lanes.device)
+        row = row_of_lane[self.lanes]
+        wanted = row >= 0
+        return row[wanted], self.token_ids[wanted], self.values[wanted]
+
+    def fork(self, parent: int, child: int) -> None:
+        mine = self.lanes == parent
+        self.write(child, self.token_ids[mine].tolist(), self.values[mine].tolist())
+
+
+class Lanes:
+    """Which lanes are taken, the token history of each, and the stages' columns.
+
+    `tokens` [L, C] int32 holds prompt and output, `prompt_lengths` and `seeds` [L] int64 what
+    they say. Written by the scheduler only: on admission, fork and append.
+    """
+
+    def __init__(self, num_lanes: int, context_len: int, device: str = "cpu") -> None:
+        self.num_lanes = num_lanes
+        self.device = device
+        self.free = list(range(num_lanes - 1, -1, -1))
+        self.tokens = torch.zeros(num_lanes, context_len, dtype=torch.int32, device=device)
+        self.prompt_lengths = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self._forks: list[Callable[[int, int], None]] = []
+
+    def column(self, dtype: torch.dtype, neutral: float) -> Column:
+        """A new value per lane; a fork copies it."""
+        column = Column(self.num_lanes, dtype, neutral, self.device)
+        self._forks.append(column.fork)
+        return column
+
+    def ragged(self, dtype: torch.dtype = torch.float32, pad: float = 0.0) -> Ragged:
+        """A new list per lane; a fork copies it."""
+        ragged = Ragged(self.num_lanes, dtype, pad, self.device)
+        self._forks.append(ragged.fork)
+        return ragged
+
+    def take(self) -> int:
+        """A free lane. What stages keep there is the last owner's until they admit a new one."""
+        return self.free.pop()
+
+    def release(self, lane: int) -> None:
+        self.free.append(lane)
+
+    def write(self, lane: int, token_ids: list[int], prompt_len: int, seed: int) -> None:
+        """Start a lane with a sequence's history."""
+        self.tokens[lane, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int32)
+        self.prompt_lengths[lane] = prompt_len
+        self.seeds[lane] = seed
+
+    def append(self, lanes: list[int], positions: list[int], token_ids: list[int]) -> None:
+        """Add tokens to several lanes' histories, in one write."""
+        if lanes:
+            at = torch.tensor([lanes, positions, token_ids], device=self.device)
+            self.tokens[at[0], at[1]] = at[2].to(torch.int32)
+
+    def fork(self, parent: int, child: int) -> None:
+        """Make `child` (already taken) a copy of `parent`, columns and lists included."""
+        self.tokens[child] = self.tokens[parent]
+        self.prompt_lengths[child] = self.prompt_lengths[parent]
+        self.seeds[child] = self.seeds[parent]
+        for copy in self._forks:
+            copy(parent, child)

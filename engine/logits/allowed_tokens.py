@@ -1,0 +1,32 @@
+"""A hard mask: only the listed tokens are possible."""
+
+import torch
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.stage import Stage
+from engine.numerics import NEG_INF
+from engine.types import Request, Rows
+
+
+class AllowedTokens(Stage):
+    """Ban every token but those the request allows."""
+
+    fields = ("allowed_token_ids",)
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.limited = lanes.column(torch.bool, neutral=False)
+        self.allowed = lanes.ragged()
+
+    def admit(self, lane: int, request: Request) -> bool:
+        allowed = request.params.allowed_token_ids
+        self.limited[lane] = allowed is not None
+        self.allowed.write(lane, sorted(set(allowed or ())))
+        return allowed is not None
+
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        row, token_id, _ = self.allowed.at(rows)
+        allowed = logits[row, token_id]
+        logits.masked_fill_(self.limited.at(rows), NEG_INF)
+        logits[row, token_id] = allowed
+        return logits

@@ -1,0 +1,25 @@
+"""Additive biases by token id."""
+
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.stage import Stage
+from engine.types import Request, Rows
+
+
+class LogitBias(Stage):
+    """Add each request's own numbers to the logits of the tokens it names."""
+
+    fields = ("logit_bias",)
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.biases = lanes.ragged()
+
+    def admit(self, lane: int, request: Request) -> bool:
+        biases = request.params.logit_bias
+        self.biases.write(lane, list(biases), [[bias] for bias in biases.values()])
+        return bool(biases)
+
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        row, token_id, bias = self.biases.at(rows)
+        return logits.index_put_((row, token_id), bias[:, 0], accumulate=True)

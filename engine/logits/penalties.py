@@ -1,0 +1,67 @@
+"""Repetition, frequency and presence penalties, over a window of the latest tokens.
+
+Repetition: Keskar et al., 2019, arXiv:1909.05858, with the rule all implementations share for
+negative logits, which are multiplied. Frequency and presence: OpenAI's. Window: Zhu et al., 2023,
+arXiv:2310.14971.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.history import History
+from engine.logits.stage import Stage
+from engine.types import Request, Rows
+
+
+class Penalties(Stage):
+    """Make tokens that have occurred less likely.
+
+    The repetition penalty looks at prompt and output (or only output), once per distinct token;
+    the other two count the output alone.
+    """
+
+    fields = (
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "penalty_last_n",
+        "penalty_prompt",
+    )
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes = lanes
+        self.repetition = lanes.column(torch.float32, neutral=1.0)
+        self.frequency = lanes.column(torch.float32, neutral=0.0)
+        self.presence = lanes.column(torch.float32, neutral=0.0)
+        self.last_n = lanes.column(torch.int64, neutral=-1)
+        self.prompt = lanes.column(torch.bool, neutral=True)
+
+    def admit(self, lane: int, request: Request) -> bool:
+        params = request.params
+        self.repetition[lane] = params.repetition_penalty
+        self.frequency[lane] = params.frequency_penalty
+        self.presence[lane] = params.presence_penalty
+        self.last_n[lane] = params.penalty_last_n
+        self.prompt[lane] = params.penalty_prompt
+        return params.penalty_last_n != 0 and (
+            params.repetition_penalty != 1.0
+            or params.frequency_penalty != 0.0
+            or params.presence_penalty != 0.0
+        )
+
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        history = History.of(self.lanes, rows)
+        last_n = self.last_n.at(rows)
+        window = (last_n < 0) | (history.index >= history.lengths - last_n)
+        generated = window & history.generated
+        seen = torch.where(self.prompt.at(rows), window & history.written, generated)
+        seen = history.count(seen, logits.shape[1]) > 0
+        counts = history.count(generated, logits.shape[1])
+
+        scores = logits.gather(1, history.ids)
+        theta = self.repetition.at(rows)
+        penalised = torch.where(scores > 0, scores / theta, scores * theta)
+        scores = torch.where(seen, penalised, scores)
+        scores = scores - self.frequency.at(rows) * counts - self.presence.at(rows) * (counts > 0)
+        return logits.scatter_(1, history.ids, scores)

@@ -1,0 +1,40 @@
+"""What a stage of the logits pipeline is."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.types import Request, Rows
+
+
+class Stage:
+    """One transform of the logits, over the whole batch, with each row's own parameters.
+
+    A stage keeps its parameters in columns of `lanes` and no memory per sequence: what it needs
+    of the past it reads from the token history. So forks and preemption need no bookkeeping here.
+    """
+
+    fields: ClassVar[tuple[str, ...]]  # the SamplingParams fields it reads
+    sampling_only: ClassVar[bool] = False  # temperature and filters: not run for greedy rows
+    soft_ban: ClassVar[bool] = False  # lifted where it would leave a row without any token
+
+    def __init__(self, lanes: Lanes) -> None:
+        """Take the columns this stage needs."""
+        raise NotImplementedError
+
+    def admit(self, lane: int, request: Request) -> bool:
+        """Write *all* values of a lane, which was someone else's before.
+
+        Returns whether the stage will ever change this request's rows; it is run for them only
+        if so.
+        """
+        raise NotImplementedError
+
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        """Transform logits [R, V] float32, in place or not, and return them.
+
+        Rows at the neutral value come out bit for bit as they went in, and a row's result does
+        not depend on the others.
+        """
+        raise NotImplementedError

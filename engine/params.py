@@ -1,0 +1,299 @@
+"""Every sampling and stopping parameter, declared once.
+
+The HTTP schema, its validation and error messages, the OpenAPI document and
+`docs/parameters.md` all follow from the fields of `SamplingParams`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+GREEDY_TEMPERATURE = 1e-5  # below this a row takes the argmax
+MAX_CHOICES = 128
+LOGIT_BIAS_LIMIT = 100.0
+
+INT64 = 1 << 63
+
+
+def _integral(value: object) -> object:
+    """JSON has one number type: 16.0 is the integer 16, 16.5 is not one and stays as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _bias_by_token_id(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    biases: dict[object, object] = {}
+    for key, bias in value.items():
+        try:
+            token_id = int(key)
+        except (TypeError, ValueError):
+            raise PydanticCustomError(
+                "invalid_token_id", "keys must be token ids, got {key}", {"key": repr(key)[:40]}
+            ) from None
+        biases[token_id] = bias
+    return biases
+
+
+def _clamped(biases: dict[int, float]) -> dict[int, float]:
+    limit = LOGIT_BIAS_LIMIT
+    return {token_id: min(max(bias, -limit), limit) for token_id, bias in biases.items()}
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+NonEmptyStr = Annotated[str, StringConstraints(min_length=1)]
+
+
+class StrictModel(BaseModel):
+    """Base of everything read from a client: exact types, `null` the same as absent."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class SamplingParams(StrictModel):
+    """How the tokens of one request are chosen and when it stops.
+
+    Every default is neutral: it leaves the model's distribution as it is.
+    """
+
+    # -- length and stopping
+    max_tokens: Integer | None = Field(
+        default=None,
+        ge=0,
+        description="Most tokens to generate for each choice. On /v1/completions the default is "
+        "16, and 0 scores the prompt without generating; on /v1/chat/completions the default is "
+        "what is left of the context.",
+        examples=[128],
+    )
+    min_tokens: Integer = Field(
+        default=0,
+        ge=0,
+        description="Until this many tokens are out, end-of-sequence and stop tokens are masked "
+        "and stop strings do not match.",
+        examples=[8],
+    )
+    stop: Annotated[list[NonEmptyStr], BeforeValidator(_one_or_many)] = Field(
+        default=[],
+        max_length=64,
+        description="Up to 64 strings that end the text. The one that is complete first wins. An "
+        "entry equal to a special token's text also acts as that token.",
+        examples=[["\n\n", "User:"]],
+    )
+    stop_token_ids: list[Integer] = Field(
+        default=[],
+        description="Token ids that end the sequence. The token counts in `usage`, not in the "
+        "text.",
+        examples=[[2]],
+    )
+    include_stop_str_in_output: bool = Field(
+        default=False, description="Keep the stop string at the end of the text."
+    )
+    ignore_eos: bool = Field(
+        default=False, description="Go on after an end-of-sequence token; it stays in the output."
+    )
+
+    # -- copies and seeds
+    n: Integer = Field(
+        default=1,
+        ge=1,
+        le=MAX_CHOICES,
+        description="How many choices to return for each prompt. They share its memory and its "
+        "prefill.",
+    )
+    best_of: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Sample this many sequences and return the `n` with the highest mean raw "
+        "logprob, best first. Default: `n`. Not with `stream`.",
+        examples=[4],
+    )
+    seed: Integer | None = Field(
+        default=None,
+        ge=-INT64,
+        lt=INT64,
+        description="The same seed and request give the same tokens, whatever else is in the "
+        "batch. Choice 0 draws from the seed itself, choice i from a seed derived from (seed, i). "
+        "-1 or null: a random one.",
+        examples=[7],
+    )
+
+    # -- biases and penalties, in the order in which they act
+    logit_bias: Annotated[
+        dict[int, Number], BeforeValidator(_bias_by_token_id), AfterValidator(_clamped)
+    ] = Field(
+        default={},
+        description="Token id → number added to its logit. Values beyond ±100 count as ±100.",
+        examples=[{"50": -100}],
+    )
+    repetition_penalty: Number = Field(
+        default=1.0,
+        gt=0.0,
+        description="Divide the positive and multiply the negative logits of tokens already seen "
+        "by this (Keskar et al., 2019, arXiv:1909.05858).",
+        examples=[1.1],
+    )
+    frequency_penalty: Number = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="Subtract this from a token's logit for each time it was generated.",
+    )
+    presence_penalty: Number = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="Subtract this from a token's logit if it was generated at all.",
+    )
+    penalty_last_n: Integer = Field(
+        default=-1,
+        ge=-1,
+        description="The three penalties see only this many of the latest tokens: -1 all, 0 none "
+        "(Zhu et al., 2023, arXiv:2310.14971).",
+        examples=[64],
+    )
+    penalty_prompt: bool = Field(
+        default=True, description="The repetition penalty also sees the prompt."
+    )
+
+    # -- bans
+    allowed_token_ids: list[Integer] | None = Field(
+        default=None,
+        min_length=1,
+        description="Only these tokens can be generated. End-of-sequence too must be listed to be "
+        "possible.",
+        examples=[[15, 16, 17]],
+    )
+    bad_words: list[NonEmptyStr] = Field(
+        default=[],
+        max_length=1024,
+        description="Words that cannot be generated, with or without a leading space; of a word "
+        "of several tokens only the last is banned, after the others.",
+        examples=[["foo"]],
+    )
+    no_repeat_ngram_size: Integer = Field(
+        default=0,
+        ge=0,
+        description="No run of this many tokens occurs twice in prompt and output (Paulus et al., "
+        "2017, arXiv:1705.04304). 0: off.",
+        examples=[3],
+    )
+
+    # -- temperature and truncation
+    temperature: Number = Field(
+        default=1.0,
+        ge=0.0,
+        le=2.0,
+        description="Divide the logits by this before drawing. Below 0.00001: take the likeliest "
+        "token (the lowest id of equals), and leave out the filters below.",
+        examples=[0.7],
+    )
+    top_n_sigma: Number = Field(
+        default=-1.0,
+        description="Keep tokens whose logit is within this many standard deviations of the "
+        "largest (Tang et al., 2024, arXiv:2411.07641). 0 or less: off.",
+        examples=[1.0],
+    )
+    min_p: Number = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="Drop tokens less than this fraction as likely as the likeliest "
+        "(Nguyen et al., 2024, arXiv:2407.01082).",
+        examples=[0.05],
+    )
+    top_k: Integer = Field(
+        default=0,
+        ge=-1,
+        description="Keep exactly this many of the likeliest tokens (Fan et al., 2018, "
+        "arXiv:1805.04833). 0 or -1: all.",
+        examples=[50],
+    )
+    typical_p: Number = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Keep the tokens of about average surprise that together have this "
+        "probability (Meister et al., 2022, arXiv:2202.00666).",
+        examples=[0.95],
+    )
+    top_p: Number = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Keep the fewest likeliest tokens that together have this probability "
+        "(Holtzman et al., 2019, arXiv:1904.09751). 0 keeps only the best one.",
+        examples=[0.9],
+    )
+    top_p_rule: Literal["strict", "inclusive"] = Field(
+        default="strict",
+        description="Where a prefix has exactly the probability `top_p`: `strict` stops there, "
+        "`inclusive` keeps one token more.",
+    )
+    epsilon_cutoff: Number = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Drop tokens less likely than this (Hewitt et al., 2022, arXiv:2210.15191).",
+        examples=[0.0003],
+    )
+    eta_cutoff: Number = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Drop tokens less likely than the smaller of this and its square root times "
+        "exp(-entropy) (Hewitt et al., 2022, arXiv:2210.15191).",
+        examples=[0.0006],
+    )
+
+    @property
+    def greedy(self) -> bool:
+        """Is the likeliest token taken, with no draw?"""
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are generated for each prompt."""
+        return self.best_of or self.n
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise clash("best_of must be at least n ({n}), got {best_of}", "best_of", self)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise clash(
+                "min_tokens must be at most max_tokens ({max_tokens}), got {min_tokens}",
+                "min_tokens",
+                self,
+            )
+        return self
+
+
+def clash(template: str, param: str, model: BaseModel) -> PydanticCustomError:
+    """An error about two fields that cannot both have their values; `param` is the one to blame.
+
+    `template` may name any field of the model in braces.
+    """
+    message = template.format_map(dict(model)).replace("{", "{{").replace("}", "}}")
+    return PydanticCustomError("invalid_value", message, {"param": param})
