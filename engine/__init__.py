@@ -1,0 +1,1 @@
+"""The continuous-batching engine: scheduling, model execution and the logits pipeline."""

@@ -1,0 +1,318 @@
+"""The engine's step: plan, run, sample, commit."""
+
+import logging
+import time
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine import rng
+from engine.blocks import BlockPool
+from engine.config import EngineConfig, LogprobsMode
+from engine.errors import EngineError, GenerationFailed
+from engine.lanes import Lanes
+from engine.logits import STAGES
+from engine.logits.pipeline import Pipeline
+from engine.models.base import Model
+from engine.numerics import NEG_INF, log_softmax, row_max
+from engine.ranking import best
+from engine.runner import Runner
+from engine.sampler import NOT_A_NUMBER, Sampler
+from engine.scheduler import Scheduler
+from engine.strategies import choose
+from engine.strategies.base import View
+from engine.text import Detokenizer, TextStream
+from engine.tokenizer import Tokenizer
+from engine.types import (
+    Chunk,
+    Delta,
+    Failed,
+    Finished,
+    FinishReason,
+    Group,
+    Plan,
+    Request,
+    Rows,
+    Sequence,
+    StepStats,
+    Token,
+)
+
+_PROMPT_ROWS_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs
+_PROMPT_ROWS = 256
+
+Message = Delta | Finished | Failed
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """All mutable engine state, and one step at a time. Used by one thread only."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        context_len: int,
+        device: str,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+        self.mode = config.logprobs_mode
+        self.vocab_size = min(model.vocab_size, tokenizer.size)
+        self.runner = Runner(model, num_blocks, config.block_size, device)
+        self.lanes = Lanes(config.max_num_seqs, context_len, device)
+        self.pipeline = Pipeline(STAGES, self.lanes)
+        self.sampler = Sampler(self.lanes, self.mode)
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            self.lanes,
+            self.pipeline,
+            self.sampler,
+            budget=config.batch_tokens(device),
+            prefix_cache=config.prefix_cache,
+        )
+
+    # -- requests
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. What it may hold was checked where it was prepared."""
+        strategy = choose(request.params)
+        live = [self._sequence(request, index) for index in range(strategy.width)]
+        self.scheduler.add(Group(request, strategy, live))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free everything it holds; unknown ones are no error."""
+        self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        detokenizer = Detokenizer(self.tokenizer, request.skip_special_tokens)
+        detokenizer.prime(request.prompt_ids)
+        return Sequence(
+            index,
+            rng.derive(request.seed, index),
+            list(request.prompt_ids),
+            len(request.prompt_ids),
+            TextStream(
+                detokenizer, request.stop_strings, request.params.include_stop_str_in_output
+            ),
+        )
+
+    # -- the step
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[Message], StepStats]:
+        """Compute one step and say what came of it."""
+        plan = self.scheduler.plan()
+        assert plan.chunks, "work is waiting, but none of it can be planned"
+        hidden, first_rows = self.runner.forward(plan)
+        self.scheduler.computed(plan)
+        messages: list[Message] = []
+        for chunk in plan.chunks:
+            if chunk.group.request.prompt_logprobs is not None:
+                self._score_prompt(chunk, hidden, first_rows[id(chunk.sequence)])
+        groups = self.scheduler.ready(plan)
+        scored = [group for group in groups if group.request.max_tokens == 0]
+        for group in scored:
+            for sequence in group.live:
+                sequence.finish_reason = FinishReason.LENGTH
+            group.finished = group.live.copy()
+            self.scheduler.drop(group)
+            messages += self._deliver(group, group.finished)
+        generating = [group for group in groups if group.request.max_tokens > 0]
+        gaps_s: tuple[float, ...] = ()
+        if generating:
+            sequences = [sequence for group in generating for sequence in group.live]
+            messages += self._generate(generating, hidden, _last_rows(plan, first_rows))
+            gaps_s = _token_gaps(sequences)
+        return messages, self.stats(plan.num_tokens, gaps_s)
+
+    def _generate(
+        self, groups: list[Group], hidden: Tensor, last_rows: dict[int, int]
+    ) -> list[Message]:
+        """Sample a token for every live sequence of these groups and let strategies decide."""
+        sequences = [sequence for group in groups for sequence in group.live]
+        source = [
+            last_rows.get(id(sequence), last_rows.get(id(group.live[0]), 0))
+            for group in groups
+            for sequence in group.live
+        ]
+        rows = Rows.build(
+            [sequence.lane for sequence in sequences],
+            [len(sequence.token_ids) - 1 for sequence in sequences],
+            self.device,
+        )
+        tokens = self._sample(hidden[source], rows)
+        messages: list[Message] = []
+        offset = 0
+        for group in groups:
+            chosen = tokens[offset : offset + len(group.live)]
+            offset += len(group.live)
+            messages += self._advance(group, chosen)
+        self.scheduler.flush()
+        return messages
+
+    def _sample(self, hidden: Tensor, rows: Rows) -> list[Token]:
+        """Hidden states [R, H] to a chosen token per row."""
+        logits = self.model.logits(hidden)
+        logits[:, self.vocab_size :] = NEG_INF  # rows of the embedding that no token has
+        logits.clamp_(max=torch.finfo(torch.float32).max)
+        raw_max = row_max(logits)
+        raw = self.sampler.snapshot(logits, rows)
+        logits = self.pipeline(logits, rows)
+        samples = self.sampler(logits, rows, raw, raw_max)
+        return [
+            Token(token_id, "", *samples.logprobs.get(row, (None, ())))
+            for row, token_id in enumerate(samples.token_ids)
+        ]
+
+    def _advance(self, group: Group, tokens: list[Token]) -> list[Message]:
+        try:
+            if any(token.id == NOT_A_NUMBER for token in tokens):
+                raise GenerationFailed("the model's logits are not numbers")
+            before = len(group.finished)
+            live = group.live
+            branches = group.strategy.advance(live, View(tokens))
+            self.scheduler.commit(group, branches)
+        except (EngineError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            log.exception("request %s failed", group.request.request_id)
+            return [self._fail(group, error)]
+        if not group.first_token_s:
+            group.first_token_s = time.monotonic()
+        if not group.strategy.streams:
+            return self._deliver(group, []) if not group.live else []
+        ended = group.finished[before:]
+        return self._deliver(group, (group.live if group.request.stream else []) + ended)
+
+    def _fail(self, group: Group, error: Exception) -> Failed:
+        pool = self.scheduler.pool
+        held = {block for sequence in group.live for block in sequence.block_table}
+        self.scheduler.drop(group)
+        unshared = [block for block in sorted(held) if pool.refs[block] == 0]
+        pool.discard(unshared)
+        self.runner.scrub(unshared)
+        if not isinstance(error, EngineError):
+            error = GenerationFailed("generation failed unexpectedly")
+        return Failed(group.request.request_id, error)
+
+    # -- what leaves
+
+    def _deliver(self, group: Group, sequences: Seq[Sequence]) -> list[Message]:
+        messages: list[Message] = []
+        if not group.live and not group.strategy.streams:
+            ranked = group.strategy.rank(group.finished)
+            messages += [self._delta(group, seq, index) for index, seq in enumerate(ranked)]
+        else:
+            deltas = [self._delta(group, sequence, sequence.index) for sequence in sequences]
+            messages += [d for d in deltas if d.text or d.tokens or d.finish_reason]
+        if not group.live:
+            request = group.request
+            messages.append(
+                Finished(
+                    request.request_id,
+                    prompt_tokens=len(request.prompt_ids),
+                    cached_tokens=group.cached_tokens,
+                    completion_tokens=sum(seq.num_generated for seq in group.finished),
+                    longest_tokens=max(seq.num_generated for seq in group.finished),
+                    finish_reasons=tuple(
+                        seq.finish_reason for seq in group.finished if seq.finish_reason
+                    ),
+                    arrival_s=request.arrival_s,
+                    scheduled_s=group.scheduled_s,
+                    first_token_s=group.first_token_s,
+                    finished_s=time.monotonic(),
+                    num_preemptions=group.num_preemptions,
+                )
+            )
+        return messages
+
+    def _delta(self, group: Group, sequence: Sequence, index: int) -> Delta:
+        final = sequence.finish_reason is not None
+        text, tokens = sequence.stream.take(final=final)
+        return Delta(
+            group.request.request_id,
+            index,
+            text,
+            tokens,
+            tuple(group.prompt),
+            sequence.finish_reason,
+            sequence.stop_reason,
+        )
+
+    def stats(self, num_tokens: int = 0, gaps_s: tuple[float, ...] = ()) -> StepStats:
+        """How full the engine is."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return StepStats(
+            num_running=sum(len(group.live) for group in scheduler.running),
+            num_waiting=sum(len(group.live) for group in scheduler.waiting),
+            kv_usage=1.0 - pool.num_free / pool.num_blocks,
+            num_tokens=num_tokens,
+            cache_queries=scheduler.cache_queries,
+            cache_hits=scheduler.cache_hits,
+            num_preemptions=scheduler.num_preemptions,
+            token_gaps_s=gaps_s,
+        )
+
+    # -- prompt logprobs
+
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor, first_row: int) -> None:
+        """Logprobs of the prompt tokens that a chunk's hidden states predict.
+
+        Projected some rows at a time, so the memory does not grow with the prompt.
+        """
+        group, request = chunk.group, chunk.group.request
+        if not group.prompt:
+            group.prompt.append(Token(request.prompt_ids[0], ""))
+        size = min(_PROMPT_ROWS, max(_PROMPT_ROWS_BYTES // (4 * self.model.vocab_size), 1))
+        # After a preemption the beginning is computed again, but already scored.
+        start = max(chunk.start, len(group.prompt) - 1)
+        end = min(chunk.end, len(request.prompt_ids) - 1)
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            offset = first_row - chunk.start
+            logits = self.model.logits(hidden[offset + first : offset + last])
+            logits[:, self.vocab_size :] = NEG_INF
+            normalised = LogprobsMode(self.mode).normalised
+            values = log_softmax(logits) if normalised else logits
+            target = request.prompt_ids[first + 1 : last + 1]
+            group.prompt += _prompt_tokens(values, target, request.prompt_logprobs or 0)
+
+
+def _prompt_tokens(values: Tensor, target: Seq[int], count: int) -> list[Token]:
+    """The tokens of `target` [R] with their numbers, ranks and each row's `count` best."""
+    ids = torch.tensor(target, device=values.device).unsqueeze(1)
+    own = values.gather(1, ids)
+    ranks = (values > own).sum(1) + 1
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(target)
+    if count:
+        top, top_ids = best(values, count)
+        pairs = zip(top_ids[:, :count].tolist(), top[:, :count].tolist(), strict=True)
+        tops = [tuple(zip(row_ids, row, strict=True)) for row_ids, row in pairs]
+    columns = zip(target, own[:, 0].tolist(), tops, ranks.tolist(), strict=True)
+    return [Token(token_id, "", logprob, top, rank) for token_id, logprob, top, rank in columns]
+
+
+def _token_gaps(sequences: list[Sequence]) -> tuple[float, ...]:
+    """Seconds since each sequence's last token before this step's, where there was one."""
+    now = time.monotonic()
+    gaps = tuple(now - sequence.last_token_s for sequence in sequences if sequence.last_token_s)
+    for sequence in sequences:
+        sequence.last_token_s = now
+    return gaps
+
+
+def _last_rows(plan: Plan, first_rows: dict[int, int]) -> dict[int, int]:
+    """By the id() of each sequence, the row of its last computed token's hidden state."""
+    return {
+        id(chunk.sequence): first_rows[id(chunk.sequence)] + chunk.length - 1
+        for chunk in plan.chunks
+    }

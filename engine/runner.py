@@ -1,0 +1,132 @@
+"""Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention import Attention, choose_attention
+from engine.attention.torch_paged import LayerCache, Span
+from engine.config import EngineConfig
+from engine.errors import ModelUnavailable
+from engine.models.base import ForwardInput, Model
+from engine.types import Chunk, Plan
+
+
+def choose_device(name: str) -> str:
+    """ "auto" as a device that is here. Raises ModelUnavailable if a named one is not."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if cuda else "cpu"
+    if name.startswith("cuda") and not cuda:
+        raise ModelUnavailable(f"device {name} was asked for, but torch finds no CUDA device")
+    return name
+
+
+class Runner:
+    """Owns the KV cache of the model's layers and runs steps."""
+
+    def __init__(self, model: Model, num_blocks: int, block_size: int, device: str) -> None:
+        self.model = model
+        self.device = device
+        self.block_size = block_size
+        self.attention: Attention = choose_attention(block_size, device)
+        self.cache = [
+            LayerCache(
+                _zeros((num_blocks, shape.heads, block_size, shape.key_dim), model.dtype, device),
+                _zeros((num_blocks, shape.heads, block_size, shape.value_dim), model.dtype, device),
+            )
+            for shape in model.kv_shapes
+        ]
+
+    def forward(self, plan: Plan) -> tuple[Tensor, dict[int, int]]:
+        """Compute the plan's tokens.
+
+        Returns the hidden states [T, H] and, by the id() of each sequence, the row of its first
+        token in them.
+        """
+        if plan.copies:
+            self._copy_blocks(plan.copies)
+        # Single tokens first, by context length, so that attention can batch them.
+        chunks = sorted(plan.chunks, key=lambda chunk: (chunk.length > 1, chunk.end))
+        inputs = ForwardInput(
+            self._tensor(
+                [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.end]]
+            ),
+            self._tensor([i for chunk in chunks for i in range(chunk.start, chunk.end)]),
+            self.attention.plan(
+                [Span(chunk.start, chunk.length, chunk.sequence.block_table) for chunk in chunks]
+            ),
+        )
+        return self.model.forward(inputs, self.cache, self.attention), _first_rows(chunks)
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Forget what blocks hold: a NaN in them would spread through masked padding."""
+        for layer in self.cache:
+            layer.keys[blocks] = 0
+            layer.values[blocks] = 0
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        sources, targets = (self._tensor(list(side)) for side in zip(*copies, strict=True))
+        for layer in self.cache:
+            layer.keys[targets] = layer.keys[sources]
+            layer.values[targets] = layer.values[sources]
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def count_blocks(model: Model, config: EngineConfig, device: str) -> int:
+    """How many KV-cache blocks fit into the memory the configuration grants.
+
+    Never more than all lanes at full length could use. Raises ModelUnavailable if not even one
+    sequence of a single block fits.
+    """
+    token_bytes = sum(shape.numel for shape in model.kv_shapes) * model.dtype.itemsize
+    block_bytes = token_bytes * config.block_size
+    granted = config.kv_cache_memory
+    if granted is None:
+        granted = int(free_memory(device) * config.kv_cache_fraction)
+    context_len = min(config.max_model_len or model.context_len, model.context_len)
+    useful = config.max_num_seqs * -(-context_len // config.block_size)
+    num_blocks = min(granted // block_bytes, useful)
+    if num_blocks < 1:
+        raise ModelUnavailable(
+            f"the KV cache has {granted} bytes and one block of {config.block_size} tokens needs "
+            f"{block_bytes}; raise --kv-cache-memory or lower --block-size"
+        )
+    return int(num_blocks)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated: on CPU what the system or the container leaves."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
+def _first_rows(chunks: list[Chunk]) -> dict[int, int]:
+    rows: dict[int, int] = {}
+    row = 0
+    for chunk in chunks:
+        rows[id(chunk.sequence)] = row
+        row += chunk.length
+    return rows
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeroed pages, which cost nothing until they are written.
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

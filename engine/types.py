@@ -1,0 +1,238 @@
+"""The messages that cross between threads, and the two records the scheduler keeps.
+
+Messages are frozen and pickle. `Sequence` and `Group` are mutable and have one writer, the
+scheduler, on the engine thread.
+
+Letters in shapes, here and everywhere: T tokens of a step, S sequences of a step, R logits rows,
+V vocabulary, L lanes, B blocks per sequence, C context length, H hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.params import SamplingParams
+from engine.ranking import Ranking
+
+if TYPE_CHECKING:
+    from engine.strategies.base import Strategy
+    from engine.text import TextStream
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+# -- messages to the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to continue it; every default is resolved."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    logprobs: int | None = None  # candidates listed with each token; None: no logprobs at all
+    prompt_logprobs: int | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_tokens: Mapping[int, int | str] = field(default_factory=dict)  # id -> its stop_reason
+    stop_strings: tuple[str, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    skip_special_tokens: bool = True
+    stream: bool = False  # deliver as text appears, not once at the end
+    priority: int = 0  # lower is sooner
+    cache_salt: str = ""  # only requests with the same salt share cached blocks
+    arrival_s: float = 0.0  # time.monotonic() when it came in
+
+
+# -- messages from the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated or prompt token as the client sees it."""
+
+    id: int
+    text: str  # what it adds to the text; a special token's own string
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest (token id, logprob), best first
+    rank: int | None = None  # 1 for the likeliest; filled for prompt tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one choice of one request."""
+
+    request_id: str
+    index: int
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    prompt: tuple[Token, ...] = ()  # the first delta of a choice, if prompt logprobs were asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last message about a request that succeeded. Times are of `time.monotonic()`."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int  # of all sequences, also those best_of left out
+    longest_tokens: int  # of the longest sequence
+    finish_reasons: tuple[FinishReason, ...]
+    arrival_s: float
+    scheduled_s: float
+    first_token_s: float
+    finished_s: float
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last message about a request that did not succeed."""
+
+    request_id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """The engine's state after a step, and what the step did."""
+
+    num_running: int = 0  # sequences
+    num_waiting: int = 0  # sequences
+    kv_usage: float = 0.0  # referenced blocks over all blocks
+    num_tokens: int = 0  # computed in this step
+    cache_queries: int = 0  # prompt tokens looked up in the prefix cache, and found
+    cache_hits: int = 0
+    num_preemptions: int = 0
+    token_gaps_s: tuple[float, ...] = ()  # since each sequence's token before this step's
+
+
+# -- the scheduler's records
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A list of token ids and how many of them have keys and values in the cache."""
+
+    index: int
+    seed: int
+    token_ids: list[int]
+    prompt_len: int
+    stream: "TextStream"
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    lane: int = -1
+    cumulative_logprob: float = 0.0
+    last_token_s: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.cumulative_logprob / max(self.num_generated, 1)
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A request and its sequences."""
+
+    request: Request
+    strategy: "Strategy"
+    live: list[Sequence]
+    finished: list[Sequence] = field(default_factory=list)
+    prompt: list[Token] = field(default_factory=list)
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+
+    @property
+    def to_compute(self) -> list[Sequence]:
+        """The live sequences to run: copies of the bare prompt are computed once, by the first."""
+        if len(self.live) > 1 and all(seq.num_generated == 0 for seq in self.live):
+            return self.live[:1]
+        return self.live
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence, to be computed this step."""
+
+    group: Group
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step computes. `copies` are (from, to) block ids, done before the forward pass."""
+
+    chunks: list[Chunk]
+    copies: list[tuple[int, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+# -- tensors of a step
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The logits rows of a step: the lane that wants each, and how far its sequence has come.
+
+    A row's position is the index of the last token already in its sequence: the draw of output t
+    after a prompt of length n has position n + t - 1.
+    """
+
+    host_lanes: list[int]
+    max_len: int  # of the longest sequence
+    lanes: Tensor  # [R] int64
+    positions: Tensor  # [R] int64
+    ranking: Ranking = field(default_factory=Ranking)
+
+    @classmethod
+    def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":
+        both = torch.tensor([lanes, positions], dtype=torch.int64, device=device)
+        return cls(lanes, max(positions, default=-1) + 1, both[0], both[1])
+
+    def __len__(self) -> int:
+        return len(self.host_lanes)
+
+    def select(self, subset: list[int], index: Tensor) -> "Rows":
+        """Only the given rows; `index` is `subset` on the device."""
+        return Rows(
+            [self.host_lanes[row] for row in subset],
+            self.max_len,
+            self.lanes[index],
+            self.positions[index],
+        )
