@@ -1,0 +1,95 @@
+"""The ASGI application: routes, error handlers, life."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from engine.client import AsyncEngine, Loader
+from engine.errors import EngineError
+from server import __version__
+from server.auth import Keys
+from server.config import ServerConfig
+from server.errors import ApiError, respond
+from server.metrics import Metrics
+from server.middleware import RequestContext
+from server.routes import chat, completions, health, models
+from server.schemas import ErrorBody
+from server.state import ServerState
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    load: Loader,
+    config: ServerConfig,
+    model_names: list[str],
+    *,
+    max_waiting: int = 1024,
+    sampling: dict[str, Any] | None = None,
+) -> FastAPI:
+    """The application around an engine that `load` makes, in its own thread, at startup."""
+    metrics = Metrics(model_names[0], config.vllm_metrics)
+    engine = AsyncEngine(load, max_waiting=max_waiting, observer=metrics)
+    keys = Keys(config.api_key, config.api_key_file)
+    created = int(time.time())
+    state = ServerState(config, engine, metrics, keys, model_names, created, sampling or {})
+    app = FastAPI(
+        title="logitmill",
+        version=__version__,
+        lifespan=_lifespan,
+        docs_url="/docs" if config.docs else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if config.docs else None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    app.state.server = state
+    for module in (completions, chat, models, health):
+        app.include_router(module.router)
+    for kind in (RequestValidationError, ValidationError, HTTPException, ApiError, EngineError):
+        app.add_exception_handler(kind, respond)
+    app.add_exception_handler(Exception, respond)
+    app.add_middleware(RequestContext, state=state)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """The port opens before the model is loaded; requests are told to wait."""
+    state: ServerState = app.state.server
+    state.engine.start()
+    watch = asyncio.create_task(_announce(state))
+    yield
+    watch.cancel()
+    await state.engine.stop()
+
+
+async def _announce(state: ServerState) -> None:
+    try:
+        await state.engine.loaded()
+    except EngineError as error:
+        log.error("cannot serve: %s", error)
+        return
+    assert state.engine.info is not None
+    state.metrics.set_model(state.engine.info)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, without the status 422, which this server never answers with."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

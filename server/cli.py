@@ -1,0 +1,116 @@
+"""The command: `logitmill serve` and `logitmill pull`, the same as `python -m server`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from engine.config import EngineConfig
+from engine.errors import ModelUnavailable
+from engine.models.source import config_names, locate
+from server import __version__
+from server.settings import OPTIONS, BadOption, flag, resolve, variable
+
+_DEFAULT_MODEL = EngineConfig.model_fields["model"].default
+_TITLES = {"engine": "running the model", "server": "answering requests"}
+
+_EPILOG = f"""\
+Every option of `serve` is also an environment variable (--max-model-len is
+{variable("max_model_len")}) and a key of the TOML file given by --config. A flag goes before
+a variable, a variable before the file, the file before the default.
+
+{variable("home")} is where downloads are kept; default: the platform's cache folder.
+
+Models by name: {", ".join(config_names())}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Exits with 2 and one line on standard error if it cannot."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    flags = {name: value for name, value in vars(args).items() if value is not None}
+    command, file = flags.pop("command"), flags.pop("config", None)
+    try:
+        settings = resolve(flags, file)
+        if command == "pull":
+            print(locate(settings.engine.model, settings.source).fetch())
+        else:
+            from server.run import serve
+
+            sys.exit(serve(settings))
+    except (BadOption, ModelUnavailable) as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print(f"logitmill: error: {message}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message} (see {self.prog} --help)"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="logitmill",
+        description="Serve a language model over OpenAI's HTTP API, with every published decoding "
+        "method as a request parameter.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"logitmill {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serve a model until interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    serve.add_argument("--config", metavar="FILE", help="a TOML file like those in configs/")
+    for section, model in OPTIONS.items():
+        group = serve.add_argument_group(_TITLES[section])
+        for name, option in model.model_fields.items():
+            _add_option(group, name, option)
+    pull = commands.add_parser(
+        "pull",
+        help="download and convert a model, so that serving it starts at once and offline",
+        description="Download and convert a model, and print where it is.",
+        allow_abbrev=False,
+    )
+    pull.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a name, a hub id or a .gguf file; default: {_DEFAULT_MODEL}",
+    )
+    return parser
+
+
+def _add_option(group: Any, name: str, option: Any) -> None:
+    text = option.description
+    if option.default not in (None, []) and not isinstance(option.default, bool):
+        text += f" (default: {option.default})"
+    text = text.replace("%", "%%")
+    if option.annotation is bool:
+        group.add_argument(
+            flag(name),
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=f"{text} (default: {'on' if option.default else 'off'})",
+        )
+    else:
+        group.add_argument(flag(name), default=None, metavar=_metavar(name), help=text)
+
+
+def _metavar(name: str) -> str:
+    return name.rpartition("_")[2].upper()

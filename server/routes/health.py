@@ -1,0 +1,66 @@
+"""Is the server there, able, and how busy?"""
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from engine.client import EngineState
+from server import __version__
+from server.state import ServerState, state_of
+
+router = APIRouter()
+
+_METHODS = ["GET", "HEAD"]
+
+
+def _condition(state: ServerState) -> tuple[str, str | None]:
+    """One of ok, loading, draining, unhealthy, and why."""
+    engine = state.engine
+    if engine.state is EngineState.DEAD:
+        return "unhealthy", "the engine has stopped"
+    if engine.stalled_for() > state.config.watchdog:
+        return "unhealthy", f"no step for {engine.stalled_for():.0f} s, with work waiting"
+    if engine.state is EngineState.LOADING:
+        return "loading", "the model is loading"
+    return ("ok", None) if state.ready else ("draining", "the server is shutting down")
+
+
+def _answer(request: Request, *good: str) -> JSONResponse:
+    status, reason = _condition(state_of(request))
+    return JSONResponse(
+        {"status": status, "reason": reason}, status_code=200 if status in good else 503
+    )
+
+
+@router.api_route("/live", methods=_METHODS)
+async def live(request: Request) -> Response:
+    """For liveness probes: should the process be restarted?"""
+    return _answer(request, "ok", "loading", "draining")
+
+
+@router.api_route("/health", methods=_METHODS)
+@router.api_route("/ping", methods=_METHODS)
+async def health(request: Request) -> Response:
+    """For scripts that wait for the server: has the model been loaded?"""
+    return _answer(request, "ok", "draining")
+
+
+@router.api_route("/ready", methods=_METHODS)
+async def ready(request: Request) -> Response:
+    """For load balancers: should new requests be sent here?"""
+    return _answer(request, "ok")
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """The server's version."""
+    return {"version": __version__}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    text = await asyncio.to_thread(state_of(request).metrics.export)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,58 @@
+"""What the routes share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from engine.client import AsyncEngine, EngineState
+from engine.errors import EngineDead, Overloaded
+from engine.prepare import ModelInfo
+from engine.tokenizer import Tokenizer
+from server.auth import Keys
+from server.config import ServerConfig
+from server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class ServerState:
+    """Everything a request may need. Used on the event loop only."""
+
+    config: ServerConfig
+    engine: AsyncEngine
+    metrics: Metrics
+    keys: Keys
+    model_names: list[str]  # the first is the one replies carry
+    created: int
+    sampling: dict[str, Any] = field(default_factory=dict)  # the configuration's [sampling]
+    ready: bool = True  # False from the first sign of a shutdown
+    draining: bool = False  # True once no new requests are taken
+    num_inflight: int = 0  # POST requests that are being answered
+    _last_id: int = 0
+
+    def unique_id(self, label: str) -> str:
+        """An id for the engine: clients may use the same label twice."""
+        self._last_id += 1
+        return f"{label}-{self._last_id}"
+
+    def model(self) -> tuple[Tokenizer, ModelInfo]:
+        """The loaded model. Raises Overloaded or EngineDead while there is none."""
+        engine = self.engine
+        if self.draining:
+            raise Overloaded("the server is shutting down", "draining", retry_after_s=10)
+        if engine.state is EngineState.LOADING:
+            raise Overloaded("the model is loading", "model_loading", retry_after_s=5)
+        if engine.state is EngineState.DEAD or engine.tokenizer is None or engine.info is None:
+            raise EngineDead("the engine has stopped")
+        return engine.tokenizer, engine.info
+
+    def defaults(self, info: ModelInfo) -> dict[str, Any]:
+        """Sampling parameters that apply where a request gives none."""
+        recommended = info.sampling_defaults if self.config.generation_config else {}
+        return recommended | self.sampling
+
+
+def state_of(request: Request) -> ServerState:
+    """The server a request came to."""
+    state: ServerState = request.app.state.server
+    return state

@@ -1,0 +1,97 @@
+"""Server-sent events: an answer's chunks on their way to a client that may leave."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from engine.client import Generation
+from engine.types import Delta, Finished
+from server.errors import to_api_error
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def event(data: Any) -> bytes:
+    """One event holding one line of JSON."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return b"data: " + text.encode() + b"\n\n"
+
+
+class SlowClient(Exception):
+    """The client does not read what it asked for."""
+
+
+class EventStream(StreamingResponse):
+    """Streams what a generation gives, each message made into chunks by `chunks`.
+
+    However it ends, the generation is closed, which aborts what has not finished. An error after
+    the headers becomes an event. While nothing comes, comment lines keep the connection alive.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        generation: Generation,
+        chunks: Callable[[Delta | Finished], list[Any]],
+        end: Callable[[], list[Any]],
+        on_error: Callable[[BaseException], None],
+        *,
+        keepalive_s: float,
+        slow_client_s: float,
+    ) -> None:
+        super().__init__(self._events(), headers=_HEADERS)
+        self._generation = generation
+        self._chunks = chunks
+        self._end = end
+        self._on_error = on_error
+        self._keepalive_s = keepalive_s
+        self._slow_client_s = slow_client_s
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            async for message in self._with_pauses():
+                if message is None:
+                    yield _KEEP_ALIVE
+                    continue
+                for chunk in self._chunks(message):
+                    yield event(chunk)
+            for chunk in self._end():
+                yield event(chunk)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must be told
+            self._on_error(error)
+            yield event(to_api_error(error).body)
+        yield _DONE
+
+    async def _with_pauses(self) -> AsyncIterator[Delta | Finished | None]:
+        """The generation's messages, and None after each stretch of silence."""
+        messages = aiter(self._generation)
+        while True:
+            try:
+                async with asyncio.timeout(self._keepalive_s):
+                    message = await anext(messages)
+            except TimeoutError:
+                yield None
+            except StopAsyncIteration:
+                return
+            else:
+                yield message
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._slow_client_s):
+                    await send(message)
+            except TimeoutError:
+                raise SlowClient from None
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        finally:
+            self._generation.close()
