@@ -1,0 +1,1 @@
+"""What tests share: tiny models, scripted models, engines of both."""
