@@ -1,0 +1,48 @@
+"""Fixtures that tests of every kind share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.models.source import Source, locate, read_config
+from engine.tokenizer import Tokenizer
+from tests.support import tiny
+from tests.support.engines import tiny_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tiny models' tokenizer."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama as a Hugging Face folder."""
+    return tiny.save(tiny.hf_model("llama"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """The default model, SmolLM2-135M-Instruct, as a Hugging Face folder; fetched the first time."""
+    return _named("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma_folder() -> Path:
+    """Gemma 3 270M, fetched the first time."""
+    return _named("gemma-3-270m")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def _named(name: str) -> Path:
+    config = read_config(name)
+    assert config is not None
+    return locate(name, Source.model_validate(config["source"])).fetch()
