@@ -61,6 +61,11 @@ class EngineConfig(BaseModel):
         description="Type of weights and cache. auto: the checkpoint's on CUDA; on CPU bfloat16 "
         "where the processor multiplies it, else float32",
     )
+    quantization: Literal["auto", "none", "int8"] = Field(
+        default="auto",
+        description="int8: on CPU, multiply by weights of 8 bits in groups of 32, or of 4 bits "
+        "where the checkpoint has them. auto: int8, unless --dtype names a type",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads for tensor operations; default: all cores"
     )
@@ -113,6 +118,11 @@ class EngineConfig(BaseModel):
                 f"({self.max_num_seqs}), so that a step can serve every sequence"
             )
         return self
+
+    @property
+    def quantize(self) -> bool:
+        """Should weights be quantised where kernels for them exist?"""
+        return self.quantization == "int8" or (self.quantization == "auto" and self.dtype == "auto")
 
     def batch_tokens(self, device: str) -> int:
         """The token budget of a step on this device."""

@@ -40,7 +40,7 @@ def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelIn
     hf_config = load_config(folder)
     dtype = choose_dtype(config.dtype, hf_config, device)
     tokenizer = Tokenizer(folder)
-    model = load_model(folder, hf_config, dtype, device)
+    model = load_model(folder, hf_config, dtype, device, quantize=config.quantize)
     context_len = config.max_model_len or model.context_len
     if context_len > model.context_len:
         raise ModelUnavailable(
@@ -93,7 +93,10 @@ def _identity(folder: Path, dtype: torch.dtype, device: str) -> str:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(f"{file} cannot be read: {error}") from error
     return content
 
 

@@ -36,5 +36,5 @@ class Attention(Protocol):
 def choose_attention(block_size: int, device: str) -> Attention:
     """Our own kernel on CPU where it was compiled, torch's operations elsewhere."""
     if device == "cpu" and native.LIBRARY is not None:
-        return NativeAttention(block_size)
+        return NativeAttention(native.LIBRARY, block_size)
     return TorchPagedAttention(block_size, device)

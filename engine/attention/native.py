@@ -33,7 +33,8 @@ class NativePlan:
 class NativeAttention:
     """The kernel, with torch's operations for the shapes that it does not do."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, library: native.Library, block_size: int) -> None:
+        self._library = library
         self.block_size = block_size
         self._torch = TorchPagedAttention(block_size, "cpu")
 
@@ -65,18 +66,11 @@ class NativeAttention:
         """See `TorchPagedAttention.attend`."""
         q, k, v = (_rows_apart(x) for x in (q, k, v))
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        args = native.AttentionArgs(
-            q=q.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
+        shape = native.Attention(
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
-            out=out.data_ptr(),
             spans=plan.spans.data_ptr(),
             blocks=plan.blocks.data_ptr(),
-            q_stride=q.stride(0),
-            k_stride=k.stride(0),
-            v_stride=v.stride(0),
             num_spans=len(plan.spans),
             heads=q.shape[1],
             kv_heads=k.shape[1],
@@ -86,8 +80,18 @@ class NativeAttention:
             window=window or 0,
             scale=scale,
         )
+        args = native.AttendArgs(
+            attention=shape,
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            out=out.data_ptr(),
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            v_stride=v.stride(0),
+        )
         known = q.dtype in (torch.float32, torch.bfloat16) and softcap is None
-        if known and native.attend(args, q.element_size()):
+        if known and self._library.attend(args, q.element_size()):
             return out
         return self._torch.attend(
             q, k, v, cache, plan.torch_plan, scale=scale, window=window, softcap=softcap

@@ -231,8 +231,8 @@ class TorchPagedAttention:
     def _batched(self, batch: list[Span], end_row: int) -> _Decodes:
         tables = [self._used(span) for span in batch]
         width = max(len(table) for table in tables)
-        # What stands in the padding is masked; it only has to be a block that exists.
-        padded = [block for table in tables for block in table + [0] * (width - len(table))]
+        # The padding is masked, but a NaN goes through a mask: so it is a block of the same one.
+        padded = [b for table in tables for b in table + table[-1:] * (width - len(table))]
         return _Decodes(
             end_row - len(batch),
             end_row,

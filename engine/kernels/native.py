@@ -1,61 +1,249 @@
 """Our own C++ kernels for the CPU, compiled when the package is installed, if a compiler is there.
 
 They run in the OpenMP threads that torch has already started: the library is linked against none,
-and finds torch's when it is loaded after it.
+and finds torch's when it is loaded after it. LOGITMILL_KERNELS chooses what is used: `auto`, `off`,
+or the vector width to stay within, 0, 256 or 512.
 """
 
 import ctypes
 import logging
+import os
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
-import torch  # noqa: F401 - loads the OpenMP runtime
+import torch  # loads the OpenMP runtime, too
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 
-class AttentionArgs(ctypes.Structure):
-    """`Args` of attention.cpp: pointers, then sizes in elements."""
+class Matrix(Structure):
+    """Structures of types.h: pointers, then sizes in elements."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "keys", "values", "out")),
-        *((name, ctypes.c_void_p) for name in ("spans", "blocks")),
-        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "num_spans",
-                "heads",
-                "kv_heads",
-                "dim",
-                "value_dim",
-                "block_size",
-                "window",
-            )
-        ),
-        ("scale", ctypes.c_float),
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("bits", c_int64),
     )
 
 
-def _load() -> ctypes.CDLL | None:
+class Attention(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("spans", c_void_p),
+        ("blocks", c_void_p),
+        ("num_spans", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("dim", c_int64),
+        ("value_dim", c_int64),
+        ("block_size", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+    )
+
+
+class AttendArgs(Structure):
+    _fields_ = (
+        ("attention", Attention),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("out", c_void_p),
+        ("q_stride", c_int64),
+        ("k_stride", c_int64),
+        ("v_stride", c_int64),
+    )
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int64),
+    )
+
+
+class Decoder(Structure):
+    _fields_ = (
+        ("layers", POINTER(Layer)),
+        ("norm", c_void_p),
+        ("inv_freq", c_void_p),
+        ("embedding", c_void_p),
+        ("head", Matrix),
+        ("num_layers", c_int64),
+        ("hidden", c_int64),
+        ("inner", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("dim", c_int64),
+        ("block_size", c_int64),
+        ("cache_bytes", c_int64),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("rope_scale", c_float),
+    )
+
+
+class Rows(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("count", c_int64),
+        ("vocab", c_int64),
+        ("stride", c_int64),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("decoder", POINTER(Decoder)),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("spans", c_void_p),
+        ("blocks", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_spans", c_int64),
+        ("hidden", c_void_p),
+        ("scratch", c_void_p),
+    )
+
+
+class Library:
+    """The compiled kernels, for one instruction set."""
+
+    def __init__(self, path: Path, isa: int | None = None) -> None:
+        """Raises OSError or AttributeError if the file is no such library, or an older one."""
+        self._dll = ctypes.CDLL(str(path))
+        for name, returned in (
+            ("isa", c_int64),
+            ("attend", ctypes.c_bool),
+            ("scratch_bytes", c_int64),
+            ("forward", None),
+            ("linear", None),
+            ("scan", None),
+            ("measure", None),
+            ("deviation", None),
+            ("select", None),
+            ("pack", None),
+        ):
+            getattr(self._dll, f"logitmill_{name}").restype = returned
+        widest = self._dll.logitmill_isa()
+        self.isa = widest if isa is None else min(isa, widest)
+        self._isa = c_int64(self.isa)
+
+    def attend(self, args: AttendArgs, element_size: int) -> bool:
+        """Run paged attention; False if the shapes are not supported, and nothing was done."""
+        return bool(
+            self._dll.logitmill_attend(self._isa, ctypes.byref(args), c_int64(element_size))
+        )
+
+    def scratch_bytes(self, step: Step) -> int:
+        """The memory `forward` needs for a step."""
+        return int(self._dll.logitmill_scratch_bytes(self._isa, ctypes.byref(step)))
+
+    def forward(self, step: Step) -> None:
+        """Run all layers of a decoder."""
+        self._dll.logitmill_forward(self._isa, ctypes.byref(step))
+
+    def linear(self, matrix: Matrix, x: int, num_rows: int, out: int, scratch: int) -> None:
+        """Multiply rows by a matrix; x, out and scratch are addresses."""
+        self._dll.logitmill_linear(
+            self._isa,
+            ctypes.byref(matrix),
+            c_void_p(x),
+            c_int64(num_rows),
+            c_void_p(out),
+            c_void_p(scratch),
+        )
+
+    def scan(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest entry of each row [R], NaN if it holds one, and the lowest id with it [R]."""
+        top = torch.empty(len(logits))
+        ids = torch.empty(len(logits), dtype=torch.int64)
+        self._dll.logitmill_scan(self._isa, _rows(logits), _address(top), _address(ids))
+        return top, ids
+
+    def measure(self, logits: Tensor, factor: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Σe and Σe·(z - top) of each block of 256, with e = exp(factor·(z - top)): [R, B].
+
+        factor and top are [R] float32, contiguous.
+        """
+        blocks = -(-logits.shape[1] // 256)
+        mass, moment = torch.empty(len(logits), blocks), torch.empty(len(logits), blocks)
+        self._dll.logitmill_measure(
+            self._isa,
+            _rows(logits),
+            _address(factor),
+            _address(top),
+            _address(mass),
+            _address(moment),
+        )
+        return mass, moment
+
+    def deviation(self, logits: Tensor) -> Tensor:
+        """The population standard deviation of each row's finite entries, [R]."""
+        out = torch.empty(len(logits))
+        self._dll.logitmill_deviation(self._isa, _rows(logits), _address(out))
+        return out
+
+    def select(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest entries of each row and their ids, [R, k]; equal ones by lowest id."""
+        values = torch.empty(len(logits), k)
+        ids = torch.empty(len(logits), k, dtype=torch.int64)
+        self._dll.logitmill_select(
+            self._isa, _rows(logits), c_int64(k), _address(values), _address(ids)
+        )
+        return values, ids
+
+    def pack(self, codes: int, d: int, m: int, matrix: Matrix) -> None:
+        """Fill a matrix's panels from codes; codes, d and m are addresses."""
+        self._dll.logitmill_pack(
+            c_void_p(codes),
+            c_void_p(d),
+            c_void_p(m),
+            c_int64(-(-matrix.n // 16) * 16),
+            c_int64(matrix.k),
+            c_int64(matrix.bits),
+            c_void_p(matrix.panels),
+        )
+
+
+def _address(tensor: Tensor) -> c_void_p:
+    assert tensor.is_contiguous()
+    return c_void_p(tensor.data_ptr())
+
+
+def _rows(logits: Tensor) -> Any:
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    return ctypes.byref(Rows(logits.data_ptr(), logits.shape[0], logits.shape[1], logits.stride(0)))
+
+
+def _load() -> Library | None:
+    wanted = os.environ.get("LOGITMILL_KERNELS", "auto")
+    if wanted == "off":
+        return None
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu{suffix}")
         if path.exists():
             try:
-                library = ctypes.CDLL(str(path))
-            except OSError as error:
+                return Library(path, None if wanted == "auto" else int(wanted))
+            except (OSError, AttributeError) as error:
                 log.warning("the CPU kernels cannot be loaded: %s", error)
-                return None
-            library.logitmill_attend.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-            library.logitmill_attend.restype = ctypes.c_bool
-            return library
     return None
 
 
 LIBRARY = _load()
-
-
-def attend(args: AttentionArgs, element_size: int) -> bool:
-    """Run paged attention; False if the shapes are not supported, and nothing was done."""
-    assert LIBRARY is not None
-    return bool(LIBRARY.logitmill_attend(ctypes.addressof(args), element_size))

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.attention import Attention
 from engine.attention.torch_paged import LayerCache
 from engine.kernels.linear import Linear
+from engine.kernels.quantized import QuantizedLinear
 from engine.models.base import ForwardInput, Head, KVShape
 
 
@@ -33,6 +34,9 @@ class DecoderConfig:
     rope_scale: float = 1.0  # factor on the rotated vectors (YaRN)
 
 
+Product = Linear | QuantizedLinear
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One layer's weights. Queries, keys and values are one product, gate and up another.
@@ -42,11 +46,11 @@ class DecoderLayer:
     """
 
     attention_norm: Tensor  # [H]
-    qkv: Linear  # H -> (Hq + 2 Hkv) · D
-    out: Linear  # Hq · D -> H
+    qkv: Product  # H -> (Hq + 2 Hkv) · D
+    out: Product  # Hq · D -> H
     mlp_norm: Tensor  # [H]
-    gate_up: Linear  # H -> 2 I
-    down: Linear  # I -> H
+    gate_up: Product  # H -> 2 I
+    down: Product  # I -> H
     query_norm: Tensor | None = None  # [D]
     key_norm: Tensor | None = None
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from engine.errors import ModelUnavailable
 from engine.models.gguf_tokenizer import tokenizer_files
+from engine.models.weights import GROUPS_FILE
 
-_FORMAT = 1  # raise it when conversions made before must not be used any more
+_FORMAT = 2  # raise it when conversions made before must not be used any more
 _SHARD_BYTES = 2 << 30
 
 Metadata = dict[str, Any]
@@ -93,6 +94,9 @@ _LAYER_NAMES = {
 }
 
 
+_HEADS = ("num_key_value_heads", "num_attention_heads")  # of keys, of queries
+
+
 def convert(path: Path, cache: Path) -> Path:
     """The Hugging Face folder of a GGUF file, made in `cache` the first time.
 
@@ -136,16 +140,18 @@ def _convert(path: Path, folder: Path) -> None:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         config = _config(metadata, prefix, architecture, tensors)
+        tokenizer = tokenizer_files(metadata)
     except KeyError as error:
-        raise ModelUnavailable(f"{path.name} lacks the metadata {error}") from error
+        raise ModelUnavailable(f"{path.name} lacks {error}") from error
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     generation = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": sorted({end for end in ends if end is not None}),
     }
     _save_weights(tensors, config, architecture, folder)
+    _save_groups(tensors, config, architecture, folder)
     files = {"config.json": config, "generation_config.json": generation}
-    for name, content in (files | tokenizer_files(metadata)).items():
+    for name, content in (files | tokenizer).items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
@@ -241,11 +247,15 @@ def _shards(
     ):
         if name == "rope_freqs.weight":  # in the config by now
             continue
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        try:
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ModelUnavailable(
+                f"tensors of type {tensor.tensor_type.name} are not read from GGUF"
+            ) from error
+        weight = weight.astype(np.float32, copy=False)
         ours = _name(name, architecture)
-        if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
-            heads = "num_attention_heads" if ".attn_q." in name else "num_key_value_heads"
-            weight = _unpermuted(weight, config[heads])
+        weight = _in_order(weight, name, config, architecture)
         if ours.endswith("norm.weight"):
             weight = weight - np.float32(architecture.norm_offset)
         if size and size + weight.nbytes > _SHARD_BYTES:
@@ -254,6 +264,50 @@ def _shards(
         shard[ours] = np.ascontiguousarray(weight)
         size += weight.nbytes
     yield shard
+
+
+def _save_groups(
+    tensors: dict[str, Any], config: dict[str, Any], architecture: Architecture, folder: Path
+) -> None:
+    """The codes of weights in groups of 32, as they are, for kernels that multiply by them."""
+    parts: dict[str, NDArray[Any]] = {}
+    for name, tensor in tensors.items():
+        if (groups := _groups(tensor)) is not None:
+            for part, values in groups.items():
+                in_order = _in_order(values, name, config, architecture)
+                parts[f"{_name(name, architecture)}.{part}"] = np.ascontiguousarray(in_order)
+    if parts:
+        save_file(parts, folder / GROUPS_FILE)
+
+
+def _groups(tensor: Any) -> dict[str, NDArray[Any]] | None:
+    """Codes and scales of a tensor [N, K]; None if it is of another kind.
+
+    A weight is d·code + m. Two codes of 4 bits share a byte: entries i and i + 16 of a group.
+    """
+    kinds = gguf.GGMLQuantizationType
+    kind = tensor.tensor_type
+    if kind not in (kinds.Q4_0, kinds.Q4_1, kinds.Q8_0) or len(tensor.shape) != 2:
+        return None
+    num_rows = int(tensor.shape[1])
+    blocks = tensor.data.reshape(num_rows, -1, gguf.GGML_QUANT_SIZES[kind][1])
+    d = blocks[..., :2].copy().view(np.float16)[..., 0]
+    if kind is kinds.Q8_0:
+        return {"codes": (blocks[..., 2:] ^ 0x80).reshape(num_rows, -1), "d": d}
+    if kind is kinds.Q4_1:
+        m = blocks[..., 2:4].copy().view(np.float16)[..., 0]
+    else:
+        m = (-8 * d.astype(np.float32)).astype(np.float16)
+    return {"codes": blocks[..., -16:].reshape(num_rows, -1), "d": d, "m": m}
+
+
+def _in_order(
+    rows: NDArray[Any], name: str, config: dict[str, Any], architecture: Architecture
+) -> NDArray[Any]:
+    """A tensor's rows in Hugging Face's order."""
+    if not architecture.permuted or not (".attn_q." in name or ".attn_k." in name):
+        return rows
+    return _unpermuted(rows, config[_HEADS[".attn_q." in name]])
 
 
 def _name(name: str, architecture: Architecture) -> str:
@@ -268,7 +322,7 @@ def _name(name: str, architecture: Architecture) -> str:
     return f"model.layers.{block}.{known[rest]}.{suffix}"
 
 
-def _unpermuted(weight: Array, heads: int) -> Array:
+def _unpermuted(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     """From llama.cpp's row order, where pairs that turn together are neighbours, to halves."""
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from engine.kernels import native
 from engine.kernels.linear import Linear
+from engine.kernels.quantized import QuantizedLinear, stacked
+from engine.models import cpu_decoder
 from engine.models.base import Head, head_dtype
-from engine.models.decoder import Decoder, DecoderConfig, DecoderLayer, paired
+from engine.models.cpu_decoder import CpuDecoder
+from engine.models.decoder import Decoder, DecoderConfig, DecoderLayer, Product, paired
 from engine.models.weights import Weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -30,23 +34,52 @@ def fits(config: Any) -> bool:
     )
 
 
-def load(config: Any, weights: Weights) -> Decoder:
-    """Build the decoder, taking every weight of the checkpoint."""
+def load(
+    config: Any,
+    weights: Weights,
+    cache_dtype: torch.dtype,
+    library: native.Library | None = None,
+) -> Decoder | CpuDecoder:
+    """Build the decoder, taking every weight of the checkpoint.
+
+    With `library`, weights are quantised and its kernels run the layers, if they can.
+    """
     ours = _decoder_config(config, weights.device)
+    if library is not None and cpu_decoder.can_run(ours, config.intermediate_size):
+        return _load_quantized(config, ours, weights, cache_dtype, library)
     embed_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
     tied = bool(config.tie_word_embeddings)
     wide = head_dtype(weights.dtype, weights.device)
-    embedding = weights.take(embed_name, wide if tied else None)
-    if tied and head_name in weights:
-        weights.take(head_name)  # some checkpoints store the tied tensor twice
-    head = Head(embedding if tied else weights.take(head_name, wide), tied=tied)
-    layers = [
-        _layer(weights, f"model.layers.{index}.", ours.head_dim)
-        for index in range(config.num_hidden_layers)
-    ]
-    norm = weights.take("model.norm.weight")
+    table = (ours.vocab_size, ours.hidden_size)
+    embedding = weights.take(embed_name, table, wide if tied else None)
+    if tied:
+        weights.maybe(head_name, table)  # some checkpoints store the tied tensor twice
+    head = Head(embedding if tied else weights.take(head_name, table, wide), tied=tied)
+    layers = _layers(config, ours, weights, None)
+    norm = weights.take("model.norm.weight", (ours.hidden_size,))
     weights.check_all_used()
     return Decoder(ours, embedding, layers, norm, head)
+
+
+def _load_quantized(
+    config: Any,
+    ours: DecoderConfig,
+    weights: Weights,
+    cache_dtype: torch.dtype,
+    library: native.Library,
+) -> CpuDecoder:
+    table = (ours.vocab_size, ours.hidden_size)
+    embed_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings:
+        weights.maybe(head_name, table)
+        embedding, head_name = None, embed_name
+    else:
+        embedding = weights.take(embed_name, table, torch.bfloat16)
+    head = QuantizedLinear(library, weights.groups(head_name, table))
+    layers = _layers(config, ours, weights, library)
+    norm = weights.take("model.norm.weight", (ours.hidden_size,))
+    weights.check_all_used()
+    return CpuDecoder(library, ours, layers, norm, head, embedding, cache_dtype)
 
 
 def _decoder_config(config: Any, device: str) -> DecoderConfig:
@@ -78,32 +111,54 @@ def _layer_types(config: Any) -> list[str]:
     return ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
 
 
-def _layer(weights: Weights, prefix: str, head_dim: int) -> DecoderLayer:
-    def stacked(module: str, parts: tuple[str, ...], suffix: str) -> Tensor:
-        tensors = [weights.take(f"{prefix}{module}.{part}_proj.{suffix}") for part in parts]
-        if module == "self_attn":  # queries and keys are turned by position, values are not
-            tensors[:2] = [paired(tensor, head_dim) for tensor in tensors[:2]]
-        return torch.cat(tensors)
+def _layers(
+    config: Any, ours: DecoderConfig, weights: Weights, library: native.Library | None
+) -> list[DecoderLayer]:
+    return [
+        _layer(weights, f"model.layers.{index}.", ours, config.intermediate_size, library)
+        for index in range(config.num_hidden_layers)
+    ]
 
-    def fused(module: str, parts: tuple[str, ...]) -> Linear:
-        biased = f"{prefix}{module}.{parts[0]}_proj.bias" in weights
-        bias = stacked(module, parts, "bias") if biased else None
-        return Linear(stacked(module, parts, "weight"), bias)
 
-    def single(name: str) -> Linear:
-        return Linear(weights.take(f"{prefix}{name}.weight"), weights.maybe(f"{prefix}{name}.bias"))
+def _layer(
+    weights: Weights,
+    prefix: str,
+    config: DecoderConfig,
+    inner: int,
+    library: native.Library | None,
+) -> DecoderLayer:
+    """One layer's weights; `inner` is the width of its feed-forward."""
+    width, head_dim = config.hidden_size, config.head_dim
+    q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    # Queries and keys are turned by position, values are not.
+    turned = [paired(torch.arange(rows), head_dim) for rows in (q, kv)]
+    orders = [*turned, torch.arange(kv)]
+
+    def product(columns: int, parts: dict[str, int], orders: list[Tensor] | None = None) -> Product:
+        names = [f"{prefix}{part}_proj" for part in parts]
+        orders = [torch.arange(rows) for rows in parts.values()] if orders is None else orders
+        shapes = [(rows, columns) for rows in parts.values()]
+        bias = None
+        if f"{names[0]}.bias" in weights:
+            each = zip(names, shapes, orders, strict=True)
+            bias = torch.cat([weights.take(f"{n}.bias", s[:1])[order] for n, s, order in each])
+        each = zip(names, shapes, orders, strict=True)
+        if library is not None:
+            groups = [weights.groups(f"{n}.weight", s).reordered(order) for n, s, order in each]
+            return QuantizedLinear(library, stacked(groups), bias)
+        return Linear(torch.cat([weights.take(f"{n}.weight", s)[o] for n, s, o in each]), bias)
 
     def head_norm(name: str) -> Tensor | None:
-        norm = weights.maybe(f"{prefix}self_attn.{name}.weight")
+        norm = weights.maybe(f"{prefix}self_attn.{name}.weight", (head_dim,))
         return None if norm is None else paired(norm, head_dim)
 
     return DecoderLayer(
-        attention_norm=weights.take(f"{prefix}input_layernorm.weight"),
-        qkv=fused("self_attn", ("q", "k", "v")),
-        out=single("self_attn.o_proj"),
-        mlp_norm=weights.take(f"{prefix}post_attention_layernorm.weight"),
-        gate_up=fused("mlp", ("gate", "up")),
-        down=single("mlp.down_proj"),
+        attention_norm=weights.take(f"{prefix}input_layernorm.weight", (width,)),
+        qkv=product(width, {"self_attn.q": q, "self_attn.k": kv, "self_attn.v": kv}, orders),
+        out=product(q, {"self_attn.o": width}),
+        mlp_norm=weights.take(f"{prefix}post_attention_layernorm.weight", (width,)),
+        gate_up=product(width, {"mlp.gate": inner, "mlp.up": inner}),
+        down=product(inner, {"mlp.down": width}),
         query_norm=head_norm("q_norm"),
         key_norm=head_norm("k_norm"),
     )

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from engine.errors import ModelUnavailable
+from engine.kernels import native
 from engine.models import llama
 from engine.models.base import Model
 from engine.models.transformers import TransformersModel
@@ -37,8 +38,16 @@ def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
 
 
 @torch.inference_mode()
-def load_model(folder: Path, config: Any, dtype: torch.dtype, device: str) -> Model:
-    """Load weights and everything else that runs. Raises ModelUnavailable with the reason."""
+def load_model(
+    folder: Path, config: Any, dtype: torch.dtype, device: str, *, quantize: bool = False
+) -> Model:
+    """Load weights and everything else that runs. Raises ModelUnavailable with the reason.
+
+    With `quantize`, a Llama-shaped decoder on a CPU with our kernels multiplies by weights of 8
+    bits, or of 4 where the checkpoint has them; `dtype` is then the cache's alone.
+    """
+    library = native.LIBRARY if quantize and device == "cpu" else None
     if llama.fits(config):
-        return llama.load(config, Weights(folder, dtype, device))
+        between = dtype if library is None else torch.float32
+        return llama.load(config, Weights(folder, between, device), dtype, library)
     return TransformersModel(folder, config, dtype, device)

@@ -81,9 +81,9 @@ def locate(model: str, source: Source | None = None) -> Location:
     if path.is_dir():
         return Location(path.resolve().name, lambda: path)
     if path.suffix == ".gguf" and path.is_file():
-        return Location(path.stem, lambda: _converted(path))
+        return Location(path.stem, lambda: _kept(lambda: _converted(path)))
     if source is not None:
-        return Location(model, lambda: _converted(_fetch(source)))
+        return Location(model, lambda: _kept(lambda: _converted(_fetch(source))))
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")):
         raise ModelUnavailable(f"there is no file or folder {model}")
     if "/" in model:
@@ -92,6 +92,15 @@ def locate(model: str, source: Source | None = None) -> Location:
         f"{model!r} is no folder, no .gguf file, no hub id (owner/name) and none of the names "
         f"in configs/ ({', '.join(config_names())})"
     )
+
+
+def _kept(make: Callable[[], Path]) -> Path:
+    try:
+        return make()
+    except OSError as error:
+        raise ModelUnavailable(
+            f"cannot keep the model in {home()} ({error}); set LOGITMILL_HOME to another folder"
+        ) from error
 
 
 def _converted(path: Path) -> Path:

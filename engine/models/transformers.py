@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -53,10 +54,12 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with `transformers`; it works for the model that owns `module`."""
+    step: _Step = module.logitmill_step  # type: ignore[assignment]
     strange = [name for name in _CHANGES_SCORES if options.get(name) is not None]
     if strange:
-        raise ModelUnavailable(f"its attention uses {strange[0]}, which is not supported")
-    step: _Step = module.logitmill_step  # type: ignore[assignment]
+        raise ModelUnavailable(
+            f"{step.kind} computes attention with {strange[0]}, which is not supported"
+        )
     assert step.attend is not None
     attended = step.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
@@ -78,6 +81,7 @@ class _Step:
     they do not know on to the attention function.
     """
 
+    kind: str  # the model's, for messages
     attend: _Attend | None = None
 
 
@@ -115,17 +119,11 @@ class TransformersModel:
         text = config.get_text_config(decoder=True)
         kind = config.model_type
         _refuse_by_config(config, text)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, attn_implementation="eager"
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ModelUnavailable(f"{kind} cannot be loaded: {reason}") from error
+        model = _load(folder, kind, dtype)
         if getattr(model, "_is_stateful", False):
             raise ModelUnavailable(f"{kind} keeps a state instead of keys and values")
         self._model = model.to(device).eval()
-        self._step = _Step()
+        self._step = _Step(kind)
         self._device = device
         self.dtype = dtype
         self.vocab_size = int(text.vocab_size)
@@ -223,6 +221,36 @@ class TransformersModel:
                 f"{difference:.1e}), so its results would be wrong"
             )
         return kv_shapes
+
+
+def _load(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in a line
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelUnavailable(f"{kind} cannot be loaded: {reason}") from error
+    # Both are filled with random numbers, and a warning.
+    for name, ours, wanted in sorted(found["mismatched_keys"]):
+        raise ModelUnavailable(
+            f"tensor {name!r} is {list(ours)}; with this config.json it would be {list(wanted)}"
+        )
+    for name in sorted(found["missing_keys"]):
+        raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
+    return model
 
 
 def _refuse_by_config(config: Any, text: Any) -> None:

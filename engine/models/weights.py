@@ -1,15 +1,16 @@
 """Weights from the safetensors files of a Hugging Face folder."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import ModelUnavailable
+from engine.kernels.quantized import GROUP, Groups
 
+GROUPS_FILE = "groups.safetensors"  # codes of quantised weights, beside their floats
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -24,23 +25,52 @@ class Weights:
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
         self.device = device
+        self._folder = folder
         self._files = _files_by_tensor(folder)
+        self._grouped: set[str] = set()
+        if (folder / GROUPS_FILE).exists():
+            with safe_open(folder / GROUPS_FILE, framework="pt", device="cpu") as file:
+                self._grouped = set(file.keys())
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, converted. Raises ModelUnavailable if the checkpoint lacks it."""
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, converted.
+
+        Raises ModelUnavailable if the checkpoint lacks it or has it in another shape.
+        """
         path = self._files.pop(name, None)
         if path is None:
             raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensor: Tensor = file.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+        if tensor.shape != shape:
+            raise ModelUnavailable(
+                f"tensor {name!r} is {list(tensor.shape)}; with this config.json it would be "
+                f"{list(shape)}"
+            )
         return tensor.to(device=self.device, dtype=dtype or self.dtype)
 
-    def maybe(self, name: str) -> Tensor | None:
+    def maybe(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """One tensor, or None if the checkpoint lacks it."""
-        return self.take(name) if name in self else None
+        return self.take(name, shape) if name in self else None
+
+    def groups(self, name: str, shape: tuple[int, int]) -> Groups:
+        """One weight in groups: the file's own codes where it has them, else rounded to 8 bits."""
+        if f"{name}.codes" not in self._grouped:
+            return Groups.of(self.take(name, shape, torch.float32))
+        del self._files[name]
+        with safe_open(self._folder / GROUPS_FILE, framework="pt", device="cpu") as file:
+            codes, d = (file.get_tensor(f"{name}.{part}") for part in ("codes", "d"))
+            if codes.shape[1] == shape[1]:
+                return Groups(8, codes, d.float(), -128.0 * d.float())
+            halves = codes.unflatten(1, (-1, GROUP // 2))
+            codes = torch.cat((halves & 15, halves >> 4), dim=2).flatten(1)
+            return Groups(4, codes, d, file.get_tensor(f"{name}.m"))
 
     def check_all_used(self) -> None:
         """Raise ModelUnavailable if tensors are left that should mean something."""
@@ -50,22 +80,26 @@ class Weights:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    index = folder / _INDEX
+    index, single = folder / _INDEX, folder / _SINGLE
     if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(index, error) from error
         return {name: folder / file for name, file in weight_map.items()}
-    single = folder / _SINGLE
     if not single.exists():
         raise ModelUnavailable(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
-    with safe_open(single, framework="pt", device="cpu") as file:
-        return dict.fromkeys(file.keys(), single)
+    try:
+        with safe_open(single, framework="pt", device="cpu") as file:
+            return dict.fromkeys(file.keys(), single)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(single, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ModelUnavailable:
+    return ModelUnavailable(f"{path} cannot be read: {error}")
 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more
-
-
-def iterate(folder: Path) -> Iterator[str]:
-    """The names of all tensors of a folder."""
-    yield from _files_by_tensor(folder)

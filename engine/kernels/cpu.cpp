@@ -1,0 +1,152 @@
+// Kernels for the CPU: paged attention, and quantised Llama-shaped decoders.
+//
+// The same headers are compiled for several instruction sets, each in a namespace of its own;
+// `logitmill_isa` says which of them this machine has, and every call names one.
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
+
+#include "types.h"
+
+void sort_keys(uint64_t* keys, int64_t n, int64_t k) {
+    std::partial_sort(keys, keys + std::min(k, n), keys + n);
+}
+
+#define ISA 0
+namespace isa0 {
+#include "isa.h"
+}  // namespace isa0
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE(call, ...)                                    \
+    (isa == 512   ? isa512::call(__VA_ARGS__)              \
+     : isa == 256 ? isa256::call(__VA_ARGS__)              \
+                  : isa0::call(__VA_ARGS__))
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#undef ISA
+#define ISA 256
+namespace isa256 {
+#include "isa.h"
+}  // namespace isa256
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vnni")
+#undef ISA
+#define ISA 512
+namespace isa512 {
+#include "isa.h"
+}  // namespace isa512
+#pragma GCC pop_options
+
+// The widest instruction set that both this machine and this library know: 512, 256 or 0.
+extern "C" int64_t logitmill_isa() {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 256 : 0;
+}
+#else
+#define WIDE(call, ...) isa0::call(__VA_ARGS__)
+
+extern "C" int64_t logitmill_isa() { return 0; }
+#endif
+
+// Write this step's keys and values into the cache, then attend to everything before each token.
+// `bytes` is the size of an element: 4 float32, 2 bfloat16. Returns false, having done nothing, for
+// shapes it cannot do: head dimensions must be multiples of 16, at most 256, and at most 16 query
+// heads may share a key-value head.
+extern "C" bool logitmill_attend(int64_t isa, const AttendArgs* args, int64_t bytes) {
+    const Attention& a = args->attention;
+    const bool fits = a.dim % 16 == 0 && a.value_dim % 16 == 0 && a.dim <= 256 &&
+                      a.value_dim <= 256 && a.heads / a.kv_heads <= 16;
+    if (!fits || (bytes != 2 && bytes != 4)) return false;
+    WIDE(attend, *args, bytes);
+    return true;
+}
+
+// Scratch memory that `logitmill_forward` needs for a step, in bytes.
+extern "C" int64_t logitmill_scratch_bytes(int64_t isa, const Step* step) {
+    return WIDE(scratch_bytes, *step);
+}
+
+// The final hidden states of a step's tokens.
+extern "C" void logitmill_forward(int64_t isa, const Step* step) { WIDE(forward, *step); }
+
+// out [R, N] float32 = x [R, K] float32 quantised, times w.
+extern "C" void logitmill_linear(int64_t isa, const Matrix* w, const float* x, int64_t num_rows,
+                                 float* out, uint8_t* scratch) {
+    WIDE(linear, *w, x, num_rows, out, scratch);
+}
+
+// The largest entry of each row, NaN if it holds one, and the lowest id that has it.
+extern "C" void logitmill_scan(int64_t isa, const Rows* rows, float* top, int64_t* id) {
+    WIDE(scan_rows, *rows, top, id);
+}
+
+// For each block of 256 entries the sum of e = exp(factor (z - top)) and of e (z - top).
+extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* factor, const float* top,
+                                  float* mass, float* moment) {
+    WIDE(measure_rows, *rows, factor, top, mass, moment);
+}
+
+// The standard deviation of each row's finite entries.
+extern "C" void logitmill_deviation(int64_t isa, const Rows* rows, float* out) {
+    WIDE(deviation_rows, *rows, out);
+}
+
+// The k largest entries of each row, k <= V: largest first, equal ones by lowest id. No NaN.
+extern "C" void logitmill_select(int64_t isa, const Rows* rows, int64_t k, float* values, int64_t* ids) {
+    WIDE(select_rows, *rows, k, values, ids);
+}
+
+// Codes [N, K], a byte each, to panels; N is a multiple of 16. With 4 bits, d and m [N, K / 32] are
+// half precision, with 8 bits d is single precision and m is not read.
+extern "C" void logitmill_pack(const uint8_t* codes, const void* d, const uint16_t* m, int64_t n,
+                               int64_t k, int64_t bits, uint8_t* panels) {
+    const int64_t groups = k / 32, group_bytes = bits == 4 ? 320 : 576;
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < n / 16; ++panel) {
+        for (int64_t g = 0; g < groups; ++g) {
+            uint8_t* at = panels + (panel * groups + g) * group_bytes;
+            for (int64_t lane = 0; lane < 16; ++lane) {
+                const int64_t row = panel * 16 + lane;
+                const uint8_t* from = codes + row * k + g * 32;
+                for (int64_t quad = 0; quad < 8; ++quad) {
+                    for (int64_t i = 0; i < 4; ++i) {
+                        const uint8_t code = from[4 * quad + i];
+                        if (bits == 8) at[64 * quad + 4 * lane + i] = code;
+                        else if (quad < 4) at[64 * quad + 4 * lane + i] = code;
+                        else at[64 * (quad - 4) + 4 * lane + i] |= (uint8_t)(code << 4);
+                    }
+                }
+                if (bits == 8) {
+                    ((float*)(at + 512))[lane] = ((const float*)d)[row * groups + g];
+                } else {
+                    ((uint16_t*)(at + 256))[lane] = ((const uint16_t*)d)[row * groups + g];
+                    ((uint16_t*)(at + 288))[lane] = m[row * groups + g];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,314 @@
+// A Llama-shaped decoder over one step's tokens; `engine/models/decoder.py` is its reference.
+//
+// One call runs all layers. The threads go through the same phases together and meet at a barrier
+// behind each; inside a phase they take tasks from a counter, so that one whose core is busy with
+// something else does less.
+
+// One phase's tasks: how many have been taken, and how many are done.
+struct alignas(128) Phase {
+    std::atomic<int64_t> taken{0};
+    std::atomic<int64_t> done{0};
+};
+
+// A thread's way through the phases. It goes on when all tasks of a phase are done, whoever did them:
+// a thread whose core is busy with something else holds up nobody unless it is in a task.
+struct Walker {
+    Phase* phase;
+
+    // `work(first, last)` gets runs of `grain` tasks.
+    template <class Work>
+    INLINE void run(int64_t count, int64_t grain, Work work) {
+        Phase& mine = *phase++;
+        for (;;) {
+            const int64_t first = mine.taken.fetch_add(grain, std::memory_order_relaxed);
+            if (first >= count) break;
+            const int64_t last = smaller(first + grain, count);
+            work(first, last);
+            mine.done.fetch_add(last - first, std::memory_order_acq_rel);
+        }
+        for (int64_t spins = 0; mine.done.load(std::memory_order_acquire) < count; ++spins) {
+            if (spins < 2000) PAUSE();
+            else sched_yield();
+        }
+    }
+};
+
+constexpr int64_t kPhasesPerLayer = 7;
+
+INLINE int64_t count_phases(const Decoder& d) { return 2 + kPhasesPerLayer * d.num_layers; }
+
+struct Buffers {
+    float* x;        // [T, H], the residual stream
+    float* q;        // [T, Hq D]
+    float* cosine;   // [T, D], each twice
+    float* sine;     // [T, D], with the sign that the rotation of a pair needs
+    Codes normed;    // [T, H]
+    Codes attended;  // [T, Hq D]
+    Codes inner;     // [T, I]
+    Tile* tiles;
+    int64_t num_tiles;
+    int64_t* span_of;  // [T]
+    Phase* phases;
+};
+
+// Cut the scratch memory into buffers; with `at` null only the size is of interest.
+INLINE int64_t lay_out(const Decoder& d, const Attention& a, int64_t num_tokens, uint8_t* at, Buffers& b) {
+    int64_t used = 0;
+    auto take = [&](int64_t bytes) INLINE_LAMBDA {
+        uint8_t* here = at + used;
+        used += (bytes + 63) / 64 * 64;
+        return here;
+    };
+    auto floats = [&](int64_t width) INLINE_LAMBDA { return (float*)take(num_tokens * width * 4); };
+    auto codes = [&](int64_t k) INLINE_LAMBDA {
+        Codes c;
+        c.q = (int8_t*)take(num_tokens * k);
+        c.scale = floats(k / kGroup);
+        c.total = floats(k / kGroup);
+        c.k = k;
+        return c;
+    };
+    b.x = floats(d.hidden);
+    b.q = floats(d.heads * d.dim);
+    b.cosine = floats(d.dim);
+    b.sine = floats(d.dim);
+    b.normed = codes(d.hidden);
+    b.attended = codes(d.heads * d.dim);
+    b.inner = codes(d.inner);
+    b.num_tiles = make_tiles(a, nullptr);
+    b.tiles = (Tile*)take(b.num_tiles * sizeof(Tile));
+    b.span_of = (int64_t*)take(num_tokens * 8);
+    used = (used + 127) / 128 * 128;
+    b.phases = (Phase*)take(count_phases(d) * sizeof(Phase));
+    return used;
+}
+
+INLINE float root_mean_square(const float* x, int64_t size, float eps) {
+    Vec squares = splat(0);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Vec v = load(x + i);
+        squares += v * v;
+    }
+    return 1.0f / std::sqrt(sum(squares) / (float)size + eps);
+}
+
+INLINE void norm_and_quantize(const float* x, const float* weight, float eps, const Codes& out, int64_t row) {
+    const float factor = root_mean_square(x, out.k, eps);
+    for (int64_t g = 0; g < groups(out); ++g) {
+        const int64_t i = g * kGroup;
+        quantize(out, row, g, load(x + i) * factor * load(weight + i),
+                 load(x + i + kLanes) * factor * load(weight + i + kLanes));
+    }
+}
+
+INLINE Vec swap_pairs(Vec v) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+
+// One row of one head, in place: its norm if it has one, then its rotation.
+INLINE void norm_and_rotate(const Decoder& d, float* head, const float* norm, const float* cosine,
+                            const float* sine) {
+    const float factor = norm ? root_mean_square(head, d.dim, d.eps) : 1.0f;
+    for (int64_t i = 0; i < d.dim; i += kLanes) {
+        Vec v = load(head + i);
+        if (norm) v = v * factor * load(norm + i);
+        store(head + i, v * load(cosine + i) + swap_pairs(v) * load(sine + i));
+    }
+}
+
+// x += w · codes, over a run of panels.
+INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, float* x, int64_t panel) {
+    Vec out[kTile];
+    for (int64_t row = 0; row < num_tokens; row += kTile) {
+        const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
+        multiply(w, panel, in, row, count, out);
+        for (int r = 0; r < count; ++r) {
+            float* at = x + (row + r) * w.n + panel * kPanel;
+            store(at, load(at) + out[r]);
+        }
+    }
+}
+
+// Queries, keys or values of one head: product, norm, rotation; keys and values go to the cache.
+template <class T>
+INLINE void project(const Step& s, const Layer& layer, const Attention& a, const Buffers& b,
+                    int64_t head) {
+    const Decoder& d = *s.decoder;
+    const int64_t panels = d.dim / kPanel;
+    const bool is_query = head < d.heads, is_key = !is_query && head < d.heads + d.kv_heads;
+    alignas(64) float rows[kTile][kMaxDim];
+    Vec out[kTile];
+    for (int64_t row = 0; row < s.num_tokens; row += kTile) {
+        const int count = (int)smaller<int64_t>(kTile, s.num_tokens - row);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            multiply(layer.qkv, head * panels + panel, b.normed, row, count, out);
+            for (int r = 0; r < count; ++r) store(rows[r] + panel * kPanel, out[r]);
+        }
+        for (int r = 0; r < count; ++r) {
+            const int64_t token = row + r;
+            if (is_query || is_key) {
+                const float* norm = is_query ? layer.query_norm : layer.key_norm;
+                norm_and_rotate(d, rows[r], norm, b.cosine + token * d.dim, b.sine + token * d.dim);
+            }
+            if (is_query) {
+                std::memcpy(b.q + (token * d.heads + head) * d.dim, rows[r], d.dim * sizeof(float));
+                continue;
+            }
+            const int64_t kv_head = (head - d.heads) % d.kv_heads;
+            const int64_t at = slot(a, s.spans[b.span_of[token]], kv_head, s.positions[token]);
+            T* target = (T*)(is_key ? layer.keys : layer.values) + at * d.dim;
+            for (int64_t i = 0; i < d.dim; i += kLanes) store(target + i, load(rows[r] + i));
+        }
+    }
+}
+
+// Two panels of gate and two of up: one group of the inner activations.
+INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64_t group) {
+    Vec out[4][kTile];
+    for (int64_t row = 0; row < num_tokens; row += kTile) {
+        const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
+        for (int i = 0; i < 4; ++i) {
+            const int64_t panel = i / 2 * (layer.gate_up.n / 2 / kPanel) + 2 * group + i % 2;
+            multiply(layer.gate_up, panel, b.normed, row, count, out[i]);
+        }
+        for (int r = 0; r < count; ++r) {
+            quantize(b.inner, row + r, group, silu(out[0][r]) * out[2][r], silu(out[1][r]) * out[3][r]);
+        }
+    }
+}
+
+INLINE void embed(const Decoder& d, int64_t token_id, float* x) {
+    if (!d.embedding) {
+        dequantize_row(d.head, token_id, x);
+        return;
+    }
+    const BFloat16* row = (const BFloat16*)d.embedding + token_id * d.hidden;
+    for (int64_t i = 0; i < d.hidden; i += kLanes) store(x + i, load(row + i));
+}
+
+INLINE void find_angles(const Decoder& d, int64_t position, float* cosine, float* sine) {
+    for (int64_t i = 0; i < d.dim / 2; ++i) {
+        const float angle = (float)position * d.inv_freq[i];
+        cosine[2 * i] = cosine[2 * i + 1] = std::cos(angle) * d.rope_scale;
+        sine[2 * i + 1] = std::sin(angle) * d.rope_scale;
+        sine[2 * i] = -sine[2 * i + 1];
+    }
+}
+
+// What one thread does.
+template <class T>
+void run_layers(const Step& s, const Buffers& b) {
+    const Decoder& d = *s.decoder;
+    const int64_t num_tokens = s.num_tokens;
+    Walker walker = {b.phases};
+    walker.run(num_tokens, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        for (int64_t t = first; t < last; ++t) {
+            embed(d, s.token_ids[t], b.x + t * d.hidden);
+            find_angles(d, s.positions[t], b.cosine + t * d.dim, b.sine + t * d.dim);
+        }
+    });
+    for (int64_t l = 0; l < d.num_layers; ++l) {
+        const Layer& layer = d.layers[l];
+        const Attention a = {layer.keys, layer.values, s.spans, s.blocks, s.num_spans, d.heads,
+                             d.kv_heads, d.dim, d.dim, d.block_size, layer.window, d.scale};
+        auto normed = [&](const float* weight) INLINE_LAMBDA {
+            walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+                for (int64_t t = first; t < last; ++t)
+                    norm_and_quantize(b.x + t * d.hidden, weight, d.eps, b.normed, t);
+            });
+        };
+        normed(layer.attention_norm);
+        walker.run(d.heads + 2 * d.kv_heads, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t head = first; head < last; ++head) project<T>(s, layer, a, b, head);
+        });
+        walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t i = first; i < last; ++i) {
+                attend<float, T>(
+                    a, b.tiles[i], i + 1 < b.num_tiles ? b.tiles + i + 1 : nullptr,
+                    [&](int64_t row, int64_t head) INLINE_LAMBDA {
+                        return b.q + (row * d.heads + head) * d.dim;
+                    },
+                    [&](int64_t row, int64_t head, const float* acc, float factor) INLINE_LAMBDA {
+                        for (int64_t g = 0; g < d.dim / kGroup; ++g) {
+                            const float* at = acc + g * kGroup;
+                            quantize(b.attended, row, head * (d.dim / kGroup) + g, load(at) * factor,
+                                     load(at + kLanes) * factor);
+                        }
+                    });
+            }
+        });
+        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t p = first; p < last; ++p) add_product(layer.out, b.attended, num_tokens, b.x, p);
+        });
+        normed(layer.mlp_norm);
+        walker.run(d.inner / kGroup, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t g = first; g < last; ++g) gate(layer, b, num_tokens, g);
+        });
+        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t p = first; p < last; ++p) add_product(layer.down, b.inner, num_tokens, b.x, p);
+        });
+    }
+    walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        for (int64_t t = first; t < last; ++t) {
+            const float* x = b.x + t * d.hidden;
+            const float factor = root_mean_square(x, d.hidden, d.eps);
+            for (int64_t i = 0; i < d.hidden; i += kLanes)
+                store(s.hidden + t * d.hidden + i, load(x + i) * factor * load(d.norm + i));
+        }
+    });
+}
+
+INLINE Attention shape_of(const Step& s) {
+    const Decoder& d = *s.decoder;
+    return {nullptr, nullptr, s.spans, s.blocks, s.num_spans, d.heads, d.kv_heads, d.dim, d.dim,
+            d.block_size, 0, d.scale};
+}
+
+int64_t scratch_bytes(const Step& s) {
+    Buffers b;
+    return lay_out(*s.decoder, shape_of(s), s.num_tokens, nullptr, b) + 128;
+}
+
+void forward(const Step& s) {
+    const Decoder& d = *s.decoder;
+    const Attention a = shape_of(s);
+    Buffers b;
+    lay_out(d, a, s.num_tokens, s.scratch + (128 - (uintptr_t)s.scratch % 128), b);
+    make_tiles(a, b.tiles);
+    for (int64_t i = 0; i < s.num_spans; ++i) {
+        for (int64_t row = 0; row < s.spans[i].num_rows; ++row) b.span_of[s.spans[i].first_row + row] = i;
+    }
+    for (int64_t i = 0; i < count_phases(d); ++i) new (b.phases + i) Phase;
+#pragma omp parallel
+    {
+        if (d.cache_bytes == 4) run_layers<float>(s, b);
+        else run_layers<BFloat16>(s, b);
+    }
+}
+
+// Quantise rows of x [T, K] and multiply them by w: out [T, N].
+void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8_t* scratch) {
+    Codes codes;
+    codes.q = (int8_t*)scratch;
+    codes.scale = (float*)(scratch + (num_rows * w.k + 63) / 64 * 64);
+    codes.total = codes.scale + num_rows * (w.k / kGroup);
+    codes.k = w.k;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        for (int64_t g = 0; g < groups(codes); ++g) {
+            const float* at = x + row * w.k + g * kGroup;
+            quantize(codes, row, g, load(at), load(at + kLanes));
+        }
+    }
+    const int64_t num_panels = (w.n + kPanel - 1) / kPanel;
+#pragma omp parallel for schedule(dynamic, 8)
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+        Vec result[kTile];
+        const int64_t width = smaller<int64_t>(kPanel, w.n - panel * kPanel);
+        for (int64_t row = 0; row < num_rows; row += kTile) {
+            const int count = (int)smaller<int64_t>(kTile, num_rows - row);
+            multiply(w, panel, codes, row, count, result);
+            for (int r = 0; r < count; ++r)
+                std::memcpy(out + (row + r) * w.n + panel * kPanel, result + r, width * sizeof(float));
+        }
+    }
+}

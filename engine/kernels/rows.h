@@ -1,0 +1,192 @@
+// Passes over rows of logits [R, V]; `engine/numerics.py` and `engine/ranking.py` are the reference.
+// Each row is done by one thread in one fixed order, so its result depends on that row alone.
+
+constexpr int64_t kBlock = 256;  // tokens per block of the vocabulary
+
+INLINE int64_t count_blocks(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
+
+// 16 entries from `i` on, with `fill` past the end of the row.
+INLINE Vec load_tail(const float* row, int64_t i, int64_t vocab, float fill) {
+    if (i + kLanes <= vocab) return load(row + i);
+    float rest[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) rest[lane] = i + lane < vocab ? row[i + lane] : fill;
+    return load(rest);
+}
+
+INLINE int64_t nans(Vec v) {
+    const IntVec is_nan = v != v;
+    int64_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= is_nan[lane];
+    return any;
+}
+
+// The largest entry of a row, NaN if it holds one, and the lowest id that has it.
+INLINE void scan(const float* row, int64_t vocab, float* top, int64_t* id) {
+    Vec best = splat(kNegInf);
+    Vec poison = splat(0);  // NaN once a NaN or an infinity was seen
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+        const Vec v = load_tail(row, i, vocab, kNegInf);
+        best = max(best, v);
+        poison += v - v;
+    }
+    *top = largest(best);
+    *id = 0;
+    if (nans(poison)) {  // rare: banned tokens are -inf
+        for (int64_t i = 0; i < vocab; ++i) {
+            if (row[i] != row[i]) {
+                *top = row[i];
+                return;
+            }
+        }
+    }
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+        const IntVec same = load_tail(row, i, vocab, NAN) == *top;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (same[lane]) {
+                *id = i + lane;
+                return;
+            }
+        }
+    }
+}
+
+// For each block of a row: the sum of e = exp(factor · (z - top)), and the sum of e · (z - top).
+// -inf entries count nothing.
+INLINE void measure(const float* row, int64_t vocab, float factor, float top, float* mass, float* moment) {
+    for (int64_t b = 0; b < count_blocks(vocab); ++b) {
+        Vec total = splat(0), weighted = splat(0);
+        for (int64_t i = b * kBlock; i < smaller((b + 1) * kBlock, vocab); i += kLanes) {
+            const Vec z = load_tail(row, i, vocab, kNegInf) - top;
+            const Vec e = exp_negative(z * factor);
+            total += e;
+            weighted += e > 0.0f ? e * z : splat(0);
+        }
+        mass[b] = sum(total);
+        moment[b] = sum(weighted);
+    }
+}
+
+// The standard deviation of a row's finite entries, the population's.
+INLINE float deviation(const float* row, int64_t vocab) {
+    double count = 0, total = 0, squares = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        const float mean = pass ? (float)(total / count) : 0.0f;
+        for (int64_t b = 0; b < count_blocks(vocab); ++b) {
+            Vec sums = splat(0), counts = splat(0);
+            for (int64_t i = b * kBlock; i < smaller((b + 1) * kBlock, vocab); i += kLanes) {
+                const Vec z = load_tail(row, i, vocab, kNegInf);
+                const IntVec alive = z > kNegInf;
+                const Vec x = alive ? z - mean : splat(0);
+                sums += pass ? x * x : x;
+                counts += alive ? splat(1) : splat(0);
+            }
+            (pass ? squares : total) += sum(sums);
+            if (!pass) count += sum(counts);
+        }
+    }
+    return (float)std::sqrt(squares / count);
+}
+
+// A float's bits such that integers order as the floats do, largest first.
+INLINE uint32_t descending(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (bits == 0x80000000u) bits = 0;  // -0 is 0
+    return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+}
+
+INLINE int64_t count_set(IntVec mask) {
+    IntVec ones = mask & 1;
+    int64_t count = 0;
+    for (int lane = 0; lane < kLanes; ++lane) count += ones[lane];
+    return count;
+}
+
+INLINE int64_t count_at_least(const float* x, int64_t size, float bound) {
+    IntVec counts = {};
+    for (int64_t i = 0; i < size; i += kLanes) counts -= load(x + i) >= bound;
+    return sum(__builtin_convertvector(counts, Vec));  // small integers: exact
+}
+
+// Some bound that at least k entries of x reach and not many more, k <= size; size is a multiple of 16.
+INLINE float bound_of(const float* x, int64_t size, int64_t k) {
+    float high = kNegInf, low = INFINITY;
+    for (int64_t i = 0; i < size; ++i) {
+        high = larger(high, x[i]);
+        if (x[i] > kNegInf) low = smaller(low, x[i]);
+    }
+    if (high == kNegInf || count_at_least(x, size, low) < k) return kNegInf;
+    for (int step = 0; step < 24; ++step) {
+        const float middle = low + (high - low) * 0.5f;
+        if (!(middle > low && middle < high)) break;
+        const int64_t count = count_at_least(x, size, middle);
+        if (count >= k) low = middle;
+        else high = middle;
+        if (count == k) break;
+    }
+    return low;
+}
+
+// Find entries that include a row's k largest, as keys that sort by value, largest first, then by
+// id; returns how many. `keys` has room for V, `maxima` for V / 16 + 16.
+INLINE int64_t collect(const float* row, int64_t vocab, int64_t k, uint64_t* keys, float* maxima) {
+    // Each strip's maximum is an entry, so a bound that k maxima reach is one that k entries reach.
+    constexpr int64_t kStrip = 16 * kLanes;
+    int64_t num_maxima = 0;
+    for (int64_t i = 0; i < vocab; i += kStrip, num_maxima += kLanes) {
+        Vec top = splat(kNegInf);
+        for (int64_t j = i; j < smaller(i + kStrip, vocab); j += kLanes)
+            top = max(top, load_tail(row, j, vocab, kNegInf));
+        store(maxima + num_maxima, top);
+    }
+    const float bound = k <= num_maxima ? bound_of(maxima, num_maxima, k) : kNegInf;
+    int64_t count = 0;
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+        const Vec v = load_tail(row, i, vocab, NAN);
+        const IntVec reached = v >= bound;
+        if (!count_set(reached)) continue;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (reached[lane]) keys[count++] = (uint64_t)descending(v[lane]) << 32 | (uint32_t)(i + lane);
+        }
+    }
+    return count;
+}
+
+void scan_rows(const Rows& rows, float* top, int64_t* id) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r) scan(rows.at(r), rows.vocab, top + r, id + r);
+}
+
+void measure_rows(const Rows& rows, const float* factor, const float* top, float* mass, float* moment) {
+    const int64_t blocks = count_blocks(rows.vocab);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r)
+        measure(rows.at(r), rows.vocab, factor[r], top[r], mass + r * blocks, moment + r * blocks);
+}
+
+void deviation_rows(const Rows& rows, float* out) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r) out[r] = deviation(rows.at(r), rows.vocab);
+}
+
+void select_rows(const Rows& rows, int64_t k, float* values, int64_t* ids) {
+#pragma omp parallel
+    {
+        uint64_t* keys = (uint64_t*)std::malloc(rows.vocab * sizeof(uint64_t));
+        float* maxima = (float*)std::malloc((rows.vocab / kLanes + 2 * kLanes) * sizeof(float));
+#pragma omp for schedule(dynamic)
+        for (int64_t r = 0; r < rows.count; ++r) {
+            const float* row = rows.at(r);
+            int64_t found = collect(row, rows.vocab, k, keys, maxima);
+            while (found < k) keys[found++] = (uint64_t)descending(kNegInf) << 32;  // a row with NaN
+            sort_keys(keys, found, k);
+            for (int64_t i = 0; i < k; ++i) {
+                const int64_t id = keys[i] & 0xffffffffu;
+                ids[r * k + i] = id;
+                values[r * k + i] = row[id];
+            }
+        }
+        std::free(maxima);
+        std::free(keys);
+    }
+}

@@ -1,0 +1,107 @@
+// Vectors of 16 lanes, in the compiler's own vector types: one register with AVX-512, two with
+// AVX2, four with SSE or NEON. Included once for each instruction set, inside its namespace.
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t WordVec __attribute__((vector_size(64)));
+typedef uint8_t ByteVec __attribute__((vector_size(64)));
+typedef uint16_t HalfVec __attribute__((vector_size(32)));
+typedef int8_t SmallVec __attribute__((vector_size(16)));
+
+constexpr int kLanes = 16;
+constexpr float kNegInf = -INFINITY;
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+template <class A>
+INLINE A smaller(A a, A b) { return b < a ? b : a; }
+template <class A>
+INLINE A larger(A a, A b) { return a < b ? b : a; }
+
+INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE Vec load(const BFloat16* p) {
+    HalfVec half;
+    std::memcpy(&half, p, sizeof half);
+    return (Vec)(__builtin_convertvector(half, WordVec) << 16);
+}
+
+INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE void store(BFloat16* p, Vec v) {
+    WordVec words = (WordVec)v;
+    words += 0x7fff + ((words >> 16) & 1);  // to the nearest, ties to even
+    const HalfVec half = __builtin_convertvector(words >> 16, HalfVec);
+    std::memcpy(p, &half, sizeof half);
+}
+
+// IEEE half precision to float. Without the conversion instruction: shift the bits into place, which
+// leaves the exponent's bias wrong by a factor of 2^112, also for subnormal numbers.
+INLINE Vec load_half(const uint16_t* p) {
+#if ISA == 512
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+    HalfVec half;
+    std::memcpy(&half, p, sizeof half);
+    const WordVec bits = __builtin_convertvector(half, WordVec);
+    const WordVec sign = (bits & 0x8000) << 16;
+    const Vec magnitude = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Vec)((WordVec)magnitude | sign);
+#endif
+}
+
+INLINE Vec splat(float x) { return Vec{} + x; }
+
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+INLINE Vec absolute(Vec v) { return (Vec)((WordVec)v & 0x7fffffff); }
+
+// The sum of the lanes, always in the same order: halves onto halves.
+INLINE float sum(Vec v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
+}
+
+INLINE float largest(Vec v) {
+    v = max(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = max(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = max(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return larger(v[0], v[1]);
+}
+
+// Adding this and taking it away again rounds to an integer, ties to even.
+constexpr float kRounder = 12582912.0f;
+
+// exp for x <= 0, within 2 ulp; 0 below -87.
+INLINE Vec exp_negative(Vec x) {
+    const IntVec alive = x > -87.0f;
+    x = alive ? x : splat(-87.0f);
+    const Vec n = (x * 1.44269504f + kRounder) - kRounder;
+    Vec r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    const Vec value = p * (Vec)exponent;
+    return alive ? value : splat(0.0f);
+}
+
+// x · sigmoid(x)
+INLINE Vec silu(Vec x) {
+    const Vec t = exp_negative((Vec)((WordVec)x | 0x80000000));
+    const Vec one = splat(1.0f);
+    return x * ((x > 0.0f ? one : t) / (one + t));
+}

@@ -1,0 +1,80 @@
+// What crosses the C interface; `engine/kernels/native.py` declares the same structures.
+
+struct Matrix {  // N outputs x K inputs, in panels of 16 outputs; see quantized.h
+    const uint8_t* panels;
+    const float* bias;  // [N padded to 16], or null
+    int64_t n, k;
+    int64_t bits;  // 4 or 8
+};
+
+struct Span {             // where one sequence's rows of a step are, and its blocks
+    int64_t first_row;
+    int64_t num_rows;
+    int64_t start;        // the position of the first row
+    int64_t first_block;  // in `blocks`
+};
+
+struct Attention {
+    void* keys;    // [N, Hkv, block, D]
+    void* values;  // [N, Hkv, block, Dv]
+    const Span* spans;
+    const int64_t* blocks;
+    int64_t num_spans, heads, kv_heads, dim, value_dim, block_size;
+    int64_t window;  // 0: none
+    float scale;
+};
+
+struct AttendArgs {
+    Attention attention;
+    const void* q;  // [T, Hq, D], rows `q_stride` elements apart
+    const void* k;  // [T, Hkv, D], this step's keys
+    const void* v;  // [T, Hkv, Dv]
+    void* out;      // [T, Hq, Dv]
+    int64_t q_stride, k_stride, v_stride;
+};
+
+struct Layer {
+    const float* attention_norm;  // [H]
+    const float* mlp_norm;        // [H]
+    const float* query_norm;      // [D], or null
+    const float* key_norm;
+    Matrix qkv;      // H -> (Hq + 2 Hkv) D; rotated pairs are neighbours
+    Matrix out;      // Hq D -> H
+    Matrix gate_up;  // H -> 2 I
+    Matrix down;     // I -> H
+    void* keys;
+    void* values;
+    int64_t window;
+};
+
+struct Decoder {
+    const Layer* layers;
+    const float* norm;          // [H]
+    const float* inv_freq;      // [D / 2]
+    const uint16_t* embedding;  // [V, H] bfloat16, or null: the head's rows
+    Matrix head;                // H -> V
+    int64_t num_layers, hidden, inner, heads, kv_heads, dim, block_size;
+    int64_t cache_bytes;        // of an element: 4 float32, 2 bfloat16
+    float eps, scale, rope_scale;
+};
+
+struct Rows {  // of logits, `stride` elements apart
+    const float* logits;
+    int64_t count, vocab, stride;
+
+    const float* at(int64_t row) const { return logits + row * stride; }
+};
+
+// The first k of n keys in order, and the rest in any.
+void sort_keys(uint64_t* keys, int64_t n, int64_t k);
+
+struct Step {
+    const Decoder* decoder;
+    const int64_t* token_ids;  // [T]
+    const int64_t* positions;  // [T]
+    const Span* spans;
+    const int64_t* blocks;
+    int64_t num_tokens, num_spans;
+    float* hidden;   // [T, H], the result
+    uint8_t* scratch;  // as many bytes as `scratch_bytes` says
+};

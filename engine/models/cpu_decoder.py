@@ -1,0 +1,117 @@
+"""The Llama-shaped decoder on the CPU: quantised weights, one call of our kernels a step."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.attention import Attention
+from engine.attention.torch_paged import LayerCache
+from engine.kernels import native
+from engine.kernels.quantized import GROUP, QuantizedLinear
+from engine.models.base import ForwardInput, KVShape
+from engine.models.decoder import DecoderConfig, DecoderLayer
+
+_MAX_DIM = 256  # of a head, in the kernels
+_MAX_SHARING = 16  # query heads of one key-value head
+
+
+def can_run(config: DecoderConfig, inner: int) -> bool:
+    """Do the kernels run a decoder of this shape, whose feed-forward is `inner` wide?"""
+    return (
+        all(width % GROUP == 0 for width in (config.hidden_size, config.head_dim, inner))
+        and config.head_dim <= _MAX_DIM
+        and config.num_heads // config.num_kv_heads <= _MAX_SHARING
+    )
+
+
+class CpuDecoder:
+    """Runs the layers of `engine.models.decoder.Decoder`, which is the reference, in one call.
+
+    All linears are `QuantizedLinear`; between them everything is float32. Keys and values are kept
+    in `dtype`, float32 or bfloat16.
+    """
+
+    def __init__(
+        self,
+        library: native.Library,
+        config: DecoderConfig,
+        layers: list[DecoderLayer],
+        norm: Tensor,  # [H] float32
+        head: QuantizedLinear,
+        embedding: Tensor | None,  # [V, H] bfloat16; None: the head's rows
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.vocab_size = config.vocab_size
+        self.context_len = config.context_len
+        shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
+        self.kv_shapes = [shape] * len(layers)
+        self._library = library
+        self._head = head
+        self._tensors = (layers, norm, embedding, config.inv_freq.contiguous())  # kept alive
+        self._layers = (native.Layer * len(layers))(
+            *(_layer(layer, window) for layer, window in zip(layers, config.windows, strict=True))
+        )
+        self._decoder = native.Decoder(
+            layers=self._layers,
+            norm=norm.data_ptr(),
+            inv_freq=self._tensors[-1].data_ptr(),
+            embedding=None if embedding is None else embedding.data_ptr(),
+            head=head.matrix,
+            num_layers=len(layers),
+            hidden=config.hidden_size,
+            inner=layers[0].down.in_features,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            dim=config.head_dim,
+            cache_bytes=dtype.itemsize,
+            eps=config.norm_eps,
+            scale=config.head_dim**-0.5,
+            rope_scale=config.rope_scale,
+        )
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def forward(
+        self,
+        inputs: ForwardInput,
+        cache: list[LayerCache],
+        attention: Attention,  # noqa: ARG002 - the kernels do it themselves
+    ) -> Tensor:
+        """The final hidden states, [T, H] float32."""
+        for layer, kept in zip(self._layers, cache, strict=True):
+            layer.keys, layer.values = kept.keys.data_ptr(), kept.values.data_ptr()
+        self._decoder.block_size = cache[0].keys.shape[2]
+        hidden = torch.empty(len(inputs.token_ids), self.config.hidden_size)
+        step = native.Step(
+            decoder=ctypes.pointer(self._decoder),
+            token_ids=inputs.token_ids.data_ptr(),
+            positions=inputs.positions.data_ptr(),
+            spans=inputs.attention.spans.data_ptr(),
+            blocks=inputs.attention.blocks.data_ptr(),
+            num_tokens=len(inputs.token_ids),
+            num_spans=len(inputs.attention.spans),
+            hidden=hidden.data_ptr(),
+        )
+        needed = self._library.scratch_bytes(step)
+        if len(self._scratch) < needed:
+            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        step.scratch = self._scratch.data_ptr()
+        self._library.forward(step)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, H] to logits [R, V] float32."""
+        return self._head(hidden)
+
+
+def _layer(layer: DecoderLayer, window: int | None) -> native.Layer:
+    fields: dict[str, Any] = {"window": window or 0}
+    for name in ("qkv", "out", "gate_up", "down"):
+        fields[name] = getattr(layer, name).matrix
+    for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+        norm: Tensor | None = getattr(layer, name)
+        fields[name] = None if norm is None else norm.data_ptr()
+    return native.Layer(**fields)
