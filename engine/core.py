@@ -9,16 +9,15 @@ from torch import Tensor
 
 from engine import rng
 from engine.blocks import BlockPool
-from engine.config import EngineConfig, LogprobsMode
+from engine.config import EngineConfig
 from engine.errors import EngineError, GenerationFailed
 from engine.lanes import Lanes
 from engine.logits import STAGES
 from engine.logits.pipeline import Pipeline
 from engine.models.base import Model
-from engine.numerics import NEG_INF, log_softmax, row_max
-from engine.ranking import best
+from engine.numerics import scanned
 from engine.runner import Runner
-from engine.sampler import NOT_A_NUMBER, Sampler
+from engine.sampler import NOT_A_NUMBER, Sampler, report
 from engine.scheduler import Scheduler
 from engine.strategies import choose
 from engine.strategies.base import View
@@ -67,12 +66,10 @@ class EngineCore:
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runner = Runner(model, num_blocks, config.block_size, device)
         self.lanes = Lanes(config.max_num_seqs, context_len, device)
-        self.pipeline = Pipeline(STAGES, self.lanes)
-        self.sampler = Sampler(self.lanes, self.mode)
+        self.sampler = Sampler(self.lanes, Pipeline(STAGES, self.lanes), self.mode)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             self.lanes,
-            self.pipeline,
             self.sampler,
             budget=config.batch_tokens(device),
             prefix_cache=config.prefix_cache,
@@ -119,7 +116,10 @@ class EngineCore:
         messages: list[Message] = []
         for chunk in plan.chunks:
             if chunk.group.request.prompt_logprobs is not None:
-                self._score_prompt(chunk, hidden, first_rows[id(chunk.sequence)])
+                try:
+                    self._score_prompt(chunk, hidden, first_rows[id(chunk.sequence)])
+                except GenerationFailed as error:
+                    messages.append(self._fail(chunk.group, error))
         groups = self.scheduler.ready(plan)
         scored = [group for group in groups if group.request.max_tokens == 0]
         for group in scored:
@@ -163,13 +163,8 @@ class EngineCore:
 
     def _sample(self, hidden: Tensor, rows: Rows) -> list[Token]:
         """Hidden states [R, H] to a chosen token per row."""
-        logits = self.model.logits(hidden)
-        logits[:, self.vocab_size :] = NEG_INF  # rows of the embedding that no token has
-        logits.clamp_(max=torch.finfo(torch.float32).max)
-        raw_max = row_max(logits)
-        raw = self.sampler.snapshot(logits, rows)
-        logits = self.pipeline(logits, rows)
-        samples = self.sampler(logits, rows, raw, raw_max)
+        # What lies behind are rows of the embedding that no token has.
+        samples = self.sampler(self.model.logits(hidden)[:, : self.vocab_size], rows)
         return [
             Token(token_id, "", *samples.logprobs.get(row, (None, ())))
             for row, token_id in enumerate(samples.token_ids)
@@ -183,7 +178,7 @@ class EngineCore:
             live = group.live
             branches = group.strategy.advance(live, View(tokens))
             self.scheduler.commit(group, branches)
-        except (EngineError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:
             log.exception("request %s failed", group.request.request_id)
             return [self._fail(group, error)]
         if not group.first_token_s:
@@ -267,7 +262,8 @@ class EngineCore:
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, first_row: int) -> None:
         """Logprobs of the prompt tokens that a chunk's hidden states predict.
 
-        Projected some rows at a time, so the memory does not grow with the prompt.
+        Projected some rows at a time, so the memory does not grow with the prompt. Raises
+        GenerationFailed.
         """
         group, request = chunk.group, chunk.group.request
         if not group.prompt:
@@ -280,25 +276,14 @@ class EngineCore:
             last = min(first + size, end)
             offset = first_row - chunk.start
             logits = self.model.logits(hidden[offset + first : offset + last])
-            logits[:, self.vocab_size :] = NEG_INF
-            normalised = LogprobsMode(self.mode).normalised
-            values = log_softmax(logits) if normalised else logits
-            target = request.prompt_ids[first + 1 : last + 1]
-            group.prompt += _prompt_tokens(values, target, request.prompt_logprobs or 0)
-
-
-def _prompt_tokens(values: Tensor, target: Seq[int], count: int) -> list[Token]:
-    """The tokens of `target` [R] with their numbers, ranks and each row's `count` best."""
-    ids = torch.tensor(target, device=values.device).unsqueeze(1)
-    own = values.gather(1, ids)
-    ranks = (values > own).sum(1) + 1
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(target)
-    if count:
-        top, top_ids = best(values, count)
-        pairs = zip(top_ids[:, :count].tolist(), top[:, :count].tolist(), strict=True)
-        tops = [tuple(zip(row_ids, row, strict=True)) for row_ids, row in pairs]
-    columns = zip(target, own[:, 0].tolist(), tops, ranks.tolist(), strict=True)
-    return [Token(token_id, "", logprob, top, rank) for token_id, logprob, top, rank in columns]
+            logits, top, _ = scanned(logits[:, : self.vocab_size])
+            if bool(top.isnan().any()):
+                raise GenerationFailed("the model's logits are not numbers")
+            ids = torch.tensor(request.prompt_ids[first + 1 : last + 1], device=self.device)
+            own, tops = report(logits, ids, request.prompt_logprobs or 0, self.mode.normalised)
+            ranks = (logits > logits.gather(1, ids.unsqueeze(1))).sum(1) + 1
+            columns = zip(ids.tolist(), own, tops, ranks.tolist(), strict=True)
+            group.prompt += [Token(i, "", logprob, top, rank) for i, logprob, top, rank in columns]
 
 
 def _token_gaps(sequences: list[Sequence]) -> tuple[float, ...]:

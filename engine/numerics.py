@@ -2,11 +2,15 @@
 
 Library reductions split a single long row over threads but give many rows a thread each, and so
 round differently; these first reduce blocks of the vocabulary, which is the same work either way.
+On CPU they are single passes of our kernels; what is written here in torch is their reference, and
+runs everywhere else.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from engine.kernels import native
 
 BLOCK = 256  # tokens per block of the vocabulary
 NEG_INF = float("-inf")
@@ -21,45 +25,105 @@ def blocked(x: Tensor, fill: float) -> Tensor:
     return blocks
 
 
-def row_sum(x: Tensor) -> Tensor:
-    """The sum of each row, [R, 1] float64, accumulated over blocks."""
-    return blocked(x, 0.0).sum(-1).double().sum(-1, keepdim=True)
-
-
-def row_max(x: Tensor) -> Tensor:
-    """The largest entry of each row, [R, 1]; NaN if the row holds one."""
-    return blocked(x, NEG_INF).amax(-1).amax(-1, keepdim=True)
-
-
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """ln Σ exp of each row, [R, 1] float64; -inf for a row without a finite entry."""
-    top = row_max(logits)
-    safe = torch.where(top == NEG_INF, 0.0, top)
-    return row_sum((logits - safe).exp_()).log_() + safe
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """The logprobs of each row, [R, V]; dropped (-inf) entries stay dropped."""
-    return logits - log_sum_exp(logits).to(logits.dtype)
-
-
-def entropy(logprobs: Tensor) -> Tensor:
-    """The entropy of each row of logprobs in nats, [R, 1]; dropped entries do not count."""
-    return row_sum(torch.special.entr(logprobs.exp())).to(logprobs.dtype)
-
-
-def first_argmax(logits: Tensor) -> Tensor:
-    """The lowest id holding each row's maximum, [R] int64.
+def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry of each row [R], NaN if it holds one, and the lowest id that has it [R].
 
     `torch.argmax` does not say which of equal entries it returns. Here the first block that
     reaches the maximum is found, then the first entry in it.
     """
+    if (library := _kernels(logits)) is not None:
+        return library.scan(logits)
     blocks = blocked(logits, NEG_INF)
     block_max = blocks.amax(-1)
     top = block_max.amax(-1, keepdim=True)
     block = _first(block_max == top)
     inside = blocks[torch.arange(len(block), device=block.device), block]
-    return block * BLOCK + _first(inside == top)
+    return top[:, 0], block * BLOCK + _first(inside == top)
+
+
+def scanned(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows with +inf as the largest float, and what `scan` says of them as they came."""
+    top, ids = scan(logits)
+    # Asking a GPU whether there is one would mean waiting for it.
+    if not logits.is_cpu or bool((top == float("inf")).any()):
+        logits = logits.clamp(max=torch.finfo(torch.float32).max)
+    return logits, top, ids
+
+
+def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over blocks of 256 tokens, with e = exp((z - top) / temperature).
+
+    temperature [R]. Returns top [R], Σe [R, B] and Σe·(z - top) [R, B]; dropped (-inf) entries
+    count nothing. A row needs a finite entry.
+    """
+    top, _ = scan(logits)
+    if (library := _kernels(logits)) is not None:
+        return top, *library.measure(logits, 1.0 / temperature, top)
+    z = logits - top.unsqueeze(1)
+    e = (z / temperature.unsqueeze(1)).exp_()
+    moments = torch.where(e > 0, e * z, 0.0)
+    return top, blocked(e, 0.0).sum(-1), blocked(moments, 0.0).sum(-1)
+
+
+def summarise(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """ln Σ exp(z / T) and the entropy in nats of softmax(z / T), [R, 1] float64 each.
+
+    temperature is [R]. A row needs a finite entry.
+    """
+    top, mass, moment = block_masses(logits, temperature)
+    total = mass.double().sum(1)
+    scaled = (top / temperature).double()
+    entropy = total.log() - moment.double().sum(1) / total / temperature
+    return (total.log() + scaled).unsqueeze(1), entropy.unsqueeze(1)
+
+
+def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """ln Σ exp of each row, as its largest entry and what remains: [R, 1] float32 each."""
+    top, mass, _ = block_masses(logits, torch.ones(len(logits), device=logits.device))
+    return top.unsqueeze(1), mass.double().sum(1, keepdim=True).log_().float()
+
+
+def deviation(logits: Tensor) -> Tensor:
+    """The population standard deviation of each row's finite entries, [R, 1]."""
+    if (library := _kernels(logits)) is not None:
+        return library.deviation(logits).unsqueeze(1)
+    alive = logits > NEG_INF
+    count = _row_sum(alive.float())
+    mean = (_row_sum(torch.where(alive, logits, 0.0)) / count).float()
+    variance = _row_sum(torch.where(alive, logits - mean, 0.0).square_()) / count
+    return variance.sqrt_().float()
+
+
+def best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest entries of each row and their ids: descending, equal ones by lowest id.
+
+    `torch.topk` promises nothing about equal entries, so the order among them is mended, and a
+    row with equals across the border is sorted whole.
+    """
+    width = min(width, logits.shape[1])
+    if width == logits.shape[1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    if (library := _kernels(logits)) is not None:
+        return library.select(logits, width)
+    values, ids = logits.topk(width + 1)
+    tied = ((values[:, -1] == values[:, -2]) & (values[:, -1] > NEG_INF)).nonzero().squeeze(1)
+    ids, order = ids[:, :width].sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    if len(tied):
+        whole, whole_ids = logits[tied].sort(dim=-1, descending=True, stable=True)
+        values[tied], ids[tied] = whole[:, :width], whole_ids[:, :width]
+    return values, ids
+
+
+def _kernels(logits: Tensor) -> native.Library | None:
+    fits = logits.is_cpu and logits.dtype == torch.float32 and logits.stride(1) == 1
+    return native.LIBRARY if fits else None
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """The sum of each row, [R, 1] float64, accumulated over blocks."""
+    return blocked(x, 0.0).sum(-1).double().sum(-1, keepdim=True)
 
 
 def _first(mask: Tensor) -> Tensor:

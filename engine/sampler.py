@@ -1,12 +1,14 @@
 """Choose a token for each row, and report logprobs.
 
-The draw is Gumbel-max sampling (Gumbel, 1954; as in Kool et al., 2019, arXiv:1903.06059) in two
-steps, both exact: first a block of 256 token ids by its probability mass, then a token inside it.
-So only 256 tokens of a row need noise, and still a token's noise depends on nothing but seed,
-position and id. An inverse-CDF draw would need one random number instead, but a rounding
-difference of 1e-5 in one logit shifts every later boundary: on SmolLM2-135M at temperature 1 it
-changed 0.2 % of all tokens between a batched and a single forward pass, Gumbel noise none of
-15,480.
+The draw is Gumbel-max sampling (Gumbel, 1954; as in Kool et al., 2019, arXiv:1903.06059): the
+token whose logit plus a noise of its own is largest. A token's noise depends on nothing but seed,
+position and id. Where a filter has left few tokens, each gets its noise; where the whole vocabulary
+is left, a block of 256 ids is drawn first, by its probability, and then a token inside it, which is
+just as exact.
+
+An inverse-CDF draw would need one random number instead, but a rounding difference of 1e-5 in one
+logit shifts every later boundary: on SmolLM2-135M at temperature 1 it changed 0.2 % of all tokens
+between a batched and a single forward pass, Gumbel noise none of 15,480.
 """
 
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from engine.config import LogprobsMode
 from engine.lanes import Lanes
-from engine.numerics import BLOCK, blocked, first_argmax, log_softmax, row_max
-from engine.ranking import best
+from engine.logits.candidates import Candidates
+from engine.logits.pipeline import Pipeline, dense
+from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, scan, scanned
 from engine.rng import Domain, gumbel, uniform
 from engine.types import Request, Rows
 
@@ -40,15 +43,18 @@ class Samples:
 
 
 class Sampler:
-    """Draws from processed logits, for each lane in its own way."""
+    """Takes each row of the model's logits through its lane's pipeline to a token."""
 
-    def __init__(self, lanes: Lanes, mode: LogprobsMode) -> None:
+    def __init__(self, lanes: Lanes, pipeline: Pipeline, mode: LogprobsMode) -> None:
         self.lanes = lanes
+        self.pipeline = pipeline
         self.mode = mode
         self.greedy = np.zeros(lanes.num_lanes, dtype=bool)
         self.logprobs = np.full(lanes.num_lanes, -1)  # candidates wanted; -1: not even its own
 
     def admit(self, lane: int, request: Request) -> None:
+        """Give the lane a request's parameters, here and in the pipeline."""
+        self.pipeline.admit(lane, request)
         self.greedy[lane] = request.params.greedy
         ranked = request.params.num_sequences > request.params.n  # best_of needs the scores
         self.logprobs[lane] = (
@@ -56,77 +62,115 @@ class Sampler:
         )
 
     def fork(self, parent: int, child: int) -> None:
+        self.pipeline.fork(parent, child)
         self.greedy[child] = self.greedy[parent]
         self.logprobs[child] = self.logprobs[parent]
 
-    def snapshot(self, raw: Tensor, rows: Rows) -> Tensor | None:
-        """A copy of the raw rows whose numbers will be reported; None if none are."""
-        wanting = self._wanting(rows)
-        return raw[wanting] if self.mode.raw and wanting else None
+    def __call__(self, raw: Tensor, rows: Rows) -> Samples:
+        """Choose from the model's logits [R, V] float32."""
+        raw, raw_top, chosen = scanned(raw)
+        logits = self.pipeline.transform(raw, rows)
+        top = raw_top
+        if logits is not raw:
+            top, chosen = scan(logits)
+        chosen = torch.where(top == NEG_INF, NO_VALID_TOKEN, chosen)
+        chosen = torch.where(raw_top.isnan(), NOT_A_NUMBER, chosen)
+        # A row without a number to draw from is drawn from all the same, and not used.
+        usable = chosen >= 0
+        drawn: list[int] = np.flatnonzero(~self.greedy[rows.host_lanes]).tolist()
+        processed = logits
+        if drawn:
+            everyone = len(drawn) == len(rows)
+            index = torch.tensor(drawn, device=raw.device)
+            part = logits if everyone else logits[index]
+            safe = (
+                part if bool(usable.all()) else torch.where(usable[index].unsqueeze(1), part, 0.0)
+            )
+            its = rows if everyone else rows.select(drawn, index)
+            groups = self.pipeline.filter(safe, its)
+            tokens = self._draw(groups, its)
+            chosen[index] = torch.where(usable[index], tokens, chosen[index])
+            if not self.mode.raw and self._wanting(rows):
+                processed = logits.index_copy(0, index, dense(groups))
+        return Samples(chosen.tolist(), self._report(raw, processed, chosen, rows))
 
-    def __call__(self, logits: Tensor, rows: Rows, raw: Tensor | None, raw_max: Tensor) -> Samples:
-        """Choose from processed logits [R, V]; `raw` is what `snapshot` gave before.
-
-        `raw_max` [R, 1] is the maximum of the model's own rows, NaN for a broken one.
-        """
-        chosen = torch.where(raw_max[:, 0].isnan(), NOT_A_NUMBER, self._choose(logits, rows))
-        logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
-        wanting = self._wanting(rows)
-        if wanting:
-            source = logits[wanting] if raw is None else raw
-            counts = self.logprobs[[rows.host_lanes[row] for row in wanting]].tolist()
-            own, tops = report(source, chosen[wanting], max(counts), self.mode.normalised)
-            for row, count, value, top in zip(wanting, counts, own, tops, strict=True):
-                logprobs[row] = (value, top[:count])
-        return Samples(chosen.tolist(), logprobs)
+    def _draw(self, groups: list[tuple[list[int] | None, Candidates]], rows: Rows) -> Tensor:
+        """A token of each row, [R] int64; later groups of candidates replace earlier ones."""
+        seeds, positions = self.lanes.seeds[rows.lanes], rows.positions
+        (_, candidates), *others = groups
+        tokens = draw(candidates, seeds, positions)
+        for subset, again in others:
+            tokens[subset] = draw(again, seeds[subset], positions[subset])
+        return tokens
 
     def _wanting(self, rows: Rows) -> list[int]:
         wanting: list[int] = np.flatnonzero(self.logprobs[rows.host_lanes] >= 0).tolist()
         return wanting
 
-    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
-        drawn: list[int] = np.flatnonzero(~self.greedy[rows.host_lanes]).tolist()
-        empty = row_max(logits)[:, 0] == float("-inf")
-        if len(drawn) == len(rows):
-            chosen = draw(logits, self.lanes.seeds[rows.lanes], rows.positions)
-        else:
-            chosen = first_argmax(logits)
-            if drawn:
-                index = torch.tensor(drawn, device=logits.device)
-                seeds = self.lanes.seeds[rows.lanes[index]]
-                chosen[index] = draw(logits[index], seeds, rows.positions[index])
-        return torch.where(empty, NO_VALID_TOKEN, chosen)
+    def _report(
+        self, raw: Tensor, processed: Tensor, chosen: Tensor, rows: Rows
+    ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        wanting = self._wanting(rows)
+        if not wanting:
+            return {}
+        source = raw if self.mode.raw else processed
+        if len(wanting) < len(rows):
+            source, chosen = source[wanting], chosen[wanting]
+        counts = self.logprobs[[rows.host_lanes[row] for row in wanting]].tolist()
+        own, tops = report(source, chosen, max(counts), self.mode.normalised)
+        columns = zip(wanting, counts, own, tops, strict=True)
+        return {row: (value, top[:count]) for row, count, value, top in columns}
 
 
-def draw(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """A token from softmax of each row, [R] int64; a pure function of row, seed and position.
+def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:
+    """A token of each row's distribution, [R] int64: a pure function of row, seed and position.
 
-    logits [R, V] float32; seeds, positions [R] int64. Rows that are all -inf give some id.
+    seeds, positions [R] int64.
+    """
+    if not candidates.ranked:
+        return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
+    noise = gumbel(uniform(seeds.unsqueeze(1), positions.unsqueeze(1), candidates.ids))
+    best_of = (candidates.logits + noise).argmax(dim=1, keepdim=True)
+    tokens = candidates.ids.gather(1, best_of).squeeze(1)
+    whole: list[int] = candidates.tail.nonzero().flatten().tolist()
+    if whole:
+        dense = candidates.dense()[whole]
+        ones = torch.ones(len(whole), device=dense.device)
+        tokens[whole] = draw_dense(dense, ones, seeds[whole], positions[whole])
+    return tokens
+
+
+def draw_dense(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """A token of softmax(logits / temperature) of each row, [R] int64.
+
+    logits [R, V] float32; temperature [R]; seeds, positions [R] int64.
     """
     seeds, positions = seeds.unsqueeze(1), positions.unsqueeze(1)
-    blocks = blocked(logits, float("-inf"))
-    num_blocks = blocks.shape[1]
-    block = torch.zeros_like(seeds)
-    if num_blocks > 1:
-        mass = blocked((logits - row_max(logits)).exp_(), 0.0).sum(-1)
-        ids = torch.arange(num_blocks, device=logits.device).unsqueeze(0)
-        noise = gumbel(uniform(seeds, positions, ids, Domain.BLOCK))
-        block = (mass.double().log_() + noise).argmax(dim=1, keepdim=True)
-    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, BLOCK)).squeeze(1)
+    _, mass, _ = block_masses(logits, temperature)
+    ids = torch.arange(mass.shape[1], device=logits.device).unsqueeze(0)
+    noise = gumbel(uniform(seeds, positions, ids, Domain.BLOCK))
+    block = (mass.double().log_() + noise).argmax(dim=1, keepdim=True)
     ids = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+    valid = ids < logits.shape[1]
+    inside = logits.gather(1, ids.clamp(max=logits.shape[1] - 1)) / temperature.unsqueeze(1)
     noise = gumbel(uniform(seeds, positions, ids, Domain.TOKEN))
-    return ids.gather(1, (inside + noise).argmax(dim=1, keepdim=True)).squeeze(1)
+    token = torch.where(valid, inside + noise, NEG_INF).argmax(dim=1, keepdim=True)
+    return ids.gather(1, token).squeeze(1)
 
 
 def report(
     logits: Tensor, chosen: Tensor, count: int, normalised: bool
 ) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
     """The chosen tokens' logprobs (or logits) and each row's `count` best, for rows [R, V]."""
-    values = log_softmax(logits) if normalised else logits
-    own: list[float] = values.gather(1, chosen.clamp(min=0).unsqueeze(1))[:, 0].tolist()
+    # The largest logit and the sum are subtracted one after the other: their sum has too few digits
+    # in float32 where logits are large.
+    top, shift = torch.zeros(2, len(logits), 1, device=logits.device)
+    if normalised:
+        top, shift = log_sum_exp(logits)
+    its = logits.gather(1, chosen.clamp(min=0).unsqueeze(1))
+    own: list[float] = (its - top - shift).flatten().tolist()
     if count == 0:
         return own, [()] * len(own)
-    top, ids = best(values, count)
-    top, ids = top[:, :count], ids[:, :count]
-    pairs = zip(ids.tolist(), top.tolist(), strict=True)
+    values, ids = best(logits, count)
+    pairs = zip(ids.tolist(), (values - top - shift).tolist(), strict=True)
     return own, [tuple(zip(row_ids, row_top, strict=True)) for row_ids, row_top in pairs]

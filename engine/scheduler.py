@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from engine.blocks import BlockPool, chain_hash, root_hash
 from engine.lanes import Lanes
-from engine.logits.pipeline import Pipeline
 from engine.sampler import NO_VALID_TOKEN, Sampler
 from engine.strategies.base import Branch
 from engine.types import Chunk, FinishReason, Group, Plan, Request, Sequence, Token
@@ -29,7 +28,6 @@ class Scheduler:
         self,
         pool: BlockPool,
         lanes: Lanes,
-        pipeline: Pipeline,
         sampler: Sampler,
         *,
         budget: int,
@@ -37,7 +35,6 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.lanes = lanes
-        self.pipeline = pipeline
         self.sampler = sampler
         self.budget = budget
         self.prefix_cache = prefix_cache
@@ -197,7 +194,6 @@ class Scheduler:
     def _take_lane(self, group: Group, sequence: Sequence) -> None:
         lane = sequence.lane = self.lanes.take()
         self.lanes.write(lane, sequence.token_ids, sequence.prompt_len, sequence.seed)
-        self.pipeline.admit(lane, group.request)
         self.sampler.admit(lane, group.request)
 
     def _preempt(self, group: Group) -> None:
@@ -263,24 +259,43 @@ class Scheduler:
         return [
             group
             for group in groups.values()
-            if all(sequence.num_uncomputed == 0 for sequence in group.live)
+            if group.live and all(sequence.num_uncomputed == 0 for sequence in group.live)
         ]
 
     def commit(self, group: Group, branches: list[Branch]) -> None:
-        """Append, fork, drop and finish sequences as the strategy wants."""
-        by_parent: dict[int, list[Branch]] = {}
-        for branch in branches:
-            by_parent.setdefault(id(branch.parent), []).append(branch)
-        live: list[Sequence] = []
-        for parent in group.live:
-            mine = by_parent.get(id(parent), [])
-            for branch in mine[1:]:
-                self._place(group, self._fork(parent), branch, live, parent)
-            if mine:
-                self._place(group, parent, mine[0], live)
+        """Append, fork, drop and finish sequences as the strategy wants.
+
+        Whatever ends gives its lane back before a fork takes one, so a group never holds more
+        lanes than its strategy's width.
+        """
+        heirs: dict[int, list[Sequence]] = {id(parent): [] for parent in group.live}
+        last = {id(branch.parent): index for index, branch in enumerate(branches)}
+        live: list[tuple[Sequence, int]] = []  # with the length before this step
+        for index, branch in enumerate(branches):
+            parent = branch.parent
+            family = heirs[id(parent)]
+            # A parent becomes its last branch; those before are copies of it.
+            sequence = parent if last[id(parent)] == index else self._fork(parent)
+            start = len(sequence.token_ids)
+            for token in branch.tokens:
+                _append(group.request, sequence, token)
+                if sequence.finish_reason is not None:
+                    group.finished.append(sequence)
+                    break
             else:
-                self._free(parent)
-        group.live = live
+                family.append(sequence)
+                live.append((sequence, start))
+        if len(live) > group.strategy.width:
+            raise ValueError("the strategy returned more branches than its width")
+        if not live and not group.finished:
+            raise ValueError("the strategy dropped every sequence")
+        for parent in group.live:
+            self._leave(parent, heirs[id(parent)])
+        for family in heirs.values():
+            self._share_place(family)
+        for sequence, start in live:
+            self._note_appended(sequence, start)
+        group.live = [sequence for sequence, _ in live]
         if not live:
             self.running.remove(group)
 
@@ -289,34 +304,33 @@ class Scheduler:
         self.lanes.append(*self._appended)
         self._appended = ([], [], [])
 
-    def _place(
-        self,
-        group: Group,
-        sequence: Sequence,
-        branch: Branch,
-        live: list[Sequence],
-        parent: Sequence | None = None,
-    ) -> None:
-        """Append a branch's tokens; a sequence that ends by it needs no lane and no blocks."""
-        start = len(sequence.token_ids)
-        for token in branch.tokens:
-            _append(group.request, sequence, token)
-            if sequence.finish_reason is not None:
-                self._free(sequence)
-                group.finished.append(sequence)
-                return
-        if parent is not None:
-            sequence.block_table = self.pool.share(parent.block_table)
-            sequence.lane = self.lanes.take()
-            self.lanes.fork(parent.lane, sequence.lane)
-            self.pipeline.fork(parent.lane, sequence.lane)
-            self.sampler.fork(parent.lane, sequence.lane)
+    def _leave(self, parent: Sequence, family: list[Sequence]) -> None:
+        """Let go of the lane and blocks of a parent that does not go on; an heir takes them."""
+        if parent in family:
+            return
+        if family:
+            family[0].lane, family[0].block_table = parent.lane, parent.block_table
+            parent.lane, parent.block_table = -1, []
+        self._free(parent)
+
+    def _share_place(self, family: list[Sequence]) -> None:
+        """Give forks a lane and a block table like those of the one that has them."""
+        if len(family) < 2:
+            return
+        source = next(sequence for sequence in family if sequence.lane >= 0)
+        for sequence in family:
+            if sequence is not source:
+                sequence.block_table = self.pool.share(source.block_table)
+                sequence.lane = self.lanes.take()
+                self.lanes.fork(source.lane, sequence.lane)
+                self.sampler.fork(source.lane, sequence.lane)
+
+    def _note_appended(self, sequence: Sequence, start: int) -> None:
         lanes, positions, token_ids = self._appended
         for position in range(start, len(sequence.token_ids)):
             lanes.append(sequence.lane)
             positions.append(position)
             token_ids.append(sequence.token_ids[position])
-        live.append(sequence)
 
     def _fork(self, parent: Sequence) -> Sequence:
         return replace(
@@ -335,6 +349,7 @@ def _append(request: Request, sequence: Sequence, token: Token) -> None:
     In this order: end of sequence, stop tokens, stop strings, length; "stop" wins over "length".
     """
     if token.id == NO_VALID_TOKEN:
+        sequence.stream.end()
         _finish(sequence, FinishReason.STOP, "no_valid_token")
         return
     sequence.token_ids.append(token.id)

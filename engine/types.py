@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from engine.params import SamplingParams
-from engine.ranking import Ranking
 
 if TYPE_CHECKING:
     from engine.strategies.base import Strategy
@@ -218,7 +217,6 @@ class Rows:
     max_len: int  # of the longest sequence
     lanes: Tensor  # [R] int64
     positions: Tensor  # [R] int64
-    ranking: Ranking = field(default_factory=Ranking)
 
     @classmethod
     def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":

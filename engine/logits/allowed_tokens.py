@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
+from engine.logits.stage import Transform
 from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 
-class AllowedTokens(Stage):
+class AllowedTokens(Transform):
     """Ban every token but those the request allows."""
 
     fields = ("allowed_token_ids",)

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
+from engine.logits.stage import Transform
 from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 _ANY = -1  # pads a word's leading tokens to the longest word's
 
 
-class BadWords(Stage):
+class BadWords(Transform):
     """Ban the last token of a word where the output ends with all its other tokens."""
 
     fields = ("bad_words",)

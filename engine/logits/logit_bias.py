@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
+from engine.logits.stage import Transform
 from engine.types import Request, Rows
 
 
-class LogitBias(Stage):
+class LogitBias(Transform):
     """Add each request's own numbers to the logits of the tokens it names."""
 
     fields = ("logit_bias",)
@@ -22,4 +22,4 @@ class LogitBias(Stage):
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
         row, token_id, bias = self.biases.at(rows)
-        return logits.index_put_((row, token_id), bias[:, 0], accumulate=True)
+        return logits.index_put_((row, token_id), bias.flatten(), accumulate=True)

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
+from engine.logits.stage import Transform
 from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 
-class MinTokens(Stage):
+class MinTokens(Transform):
     """Ban end-of-sequence and stop tokens until enough tokens are out.
 
     Stop strings are held off in `engine.text`, which sees the text.

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.history import History
-from engine.logits.stage import Stage
+from engine.logits.stage import Transform
 from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 
-class NoRepeatNgram(Stage):
+class NoRepeatNgram(Transform):
     """Ban every token that followed an earlier occurrence of the last n - 1 tokens."""
 
     fields = ("no_repeat_ngram_size",)

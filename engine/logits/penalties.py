@@ -10,11 +10,11 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.history import History
-from engine.logits.stage import Stage
+from engine.logits.stage import Transform
 from engine.types import Request, Rows
 
 
-class Penalties(Stage):
+class Penalties(Transform):
     """Make tokens that have occurred less likely.
 
     The repetition penalty looks at prompt and output (or only output), once per distinct token;
@@ -39,7 +39,8 @@ class Penalties(Stage):
 
     def admit(self, lane: int, request: Request) -> bool:
         params = request.params
-        self.repetition[lane] = params.repetition_penalty
+        # Beyond these all penalties are alike, and no logit may overflow.
+        self.repetition[lane] = min(max(params.repetition_penalty, 1e-30), 1e30)
         self.frequency[lane] = params.frequency_penalty
         self.presence[lane] = params.presence_penalty
         self.last_n[lane] = params.penalty_last_n
@@ -63,5 +64,5 @@ class Penalties(Stage):
         theta = self.repetition.at(rows)
         penalised = torch.where(scores > 0, scores / theta, scores * theta)
         scores = torch.where(seen, penalised, scores)
-        scores = scores - self.frequency.at(rows) * counts - self.presence.at(rows) * (counts > 0)
-        return logits.scatter_(1, history.ids, scores)
+        lowered = scores - self.frequency.at(rows) * counts - self.presence.at(rows)
+        return logits.scatter_(1, history.ids, torch.where(counts > 0, lowered, scores))

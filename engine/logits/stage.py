@@ -1,23 +1,25 @@
 """What a stage of the logits pipeline is."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.types import Request, Rows
 
+if TYPE_CHECKING:
+    from engine.logits.candidates import Candidates
+
 
 class Stage:
-    """One transform of the logits, over the whole batch, with each row's own parameters.
+    """One method, applied over the whole batch with each row's own parameters.
 
     A stage keeps its parameters in columns of `lanes` and no memory per sequence: what it needs
     of the past it reads from the token history. So forks and preemption need no bookkeeping here.
+    It is a `Transform` or a `Filter`.
     """
 
     fields: ClassVar[tuple[str, ...]]  # the SamplingParams fields it reads
-    sampling_only: ClassVar[bool] = False  # temperature and filters: not run for greedy rows
-    soft_ban: ClassVar[bool] = False  # lifted where it would leave a row without any token
 
     def __init__(self, lanes: Lanes) -> None:
         """Take the columns this stage needs."""
@@ -31,10 +33,24 @@ class Stage:
         """
         raise NotImplementedError
 
+
+class Transform(Stage):
+    """Changes logits: biases, penalties, bans. Runs for greedy rows too."""
+
+    soft_ban: ClassVar[bool] = False  # lifted where it would leave a row without any token
+
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
         """Transform logits [R, V] float32, in place or not, and return them.
 
         Rows at the neutral value come out bit for bit as they went in, and a row's result does
         not depend on the others.
         """
+        raise NotImplementedError
+
+
+class Filter(Stage):
+    """Shapes what is drawn from: temperature and truncation. Not for greedy rows."""
+
+    def apply(self, candidates: "Candidates", rows: Rows) -> None:
+        """Scale or drop candidates. Neutral rows stay as they are, rows do not depend on others."""
         raise NotImplementedError

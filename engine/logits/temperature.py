@@ -1,18 +1,17 @@
 """Temperature: flatten or sharpen the distribution."""
 
 import torch
-from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
+from engine.logits.candidates import Candidates
+from engine.logits.stage import Filter
 from engine.types import Request, Rows
 
 
-class Temperature(Stage):
+class Temperature(Filter):
     """Divide the logits by the temperature."""
 
     fields = ("temperature",)
-    sampling_only = True
 
     def __init__(self, lanes: Lanes) -> None:
         self.temperature = lanes.column(torch.float32, neutral=1.0)
@@ -23,5 +22,5 @@ class Temperature(Stage):
         self.temperature[lane] = value
         return value != 1.0
 
-    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        return logits.div_(self.temperature.at(rows))
+    def apply(self, candidates: Candidates, rows: Rows) -> None:
+        candidates.divide(self.temperature.at(rows))

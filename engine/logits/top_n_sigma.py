@@ -1,15 +1,14 @@
 """Top-nσ: Tang et al., 2024, arXiv:2411.07641."""
 
 import torch
-from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
-from engine.numerics import NEG_INF, row_max, row_sum
+from engine.logits.candidates import Candidates
+from engine.logits.stage import Filter
 from engine.types import Request, Rows
 
 
-class TopNSigma(Stage):
+class TopNSigma(Filter):
     """Drop tokens whose logit is more than n standard deviations below the largest.
 
     The deviation is the population's, over the entries not dropped yet, as in llama.cpp; the
@@ -17,21 +16,19 @@ class TopNSigma(Stage):
     """
 
     fields = ("top_n_sigma",)
-    sampling_only = True
 
     def __init__(self, lanes: Lanes) -> None:
-        self.sigmas = lanes.column(torch.float32, neutral=float("inf"))
+        self.sigmas = lanes.column(torch.float32, neutral=0.0)
 
     def admit(self, lane: int, request: Request) -> bool:
-        wanted = request.params.top_n_sigma > 0
-        self.sigmas[lane] = request.params.top_n_sigma if wanted else float("inf")
+        # Beyond float32 nothing can be dropped, and torch would refuse the number.
+        wanted = 0 < request.params.top_n_sigma <= torch.finfo(torch.float32).max
+        self.sigmas[lane] = request.params.top_n_sigma if wanted else 0.0
         return wanted
 
-    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        alive = logits > NEG_INF
-        count = row_sum(alive.float())
-        mean = (row_sum(torch.where(alive, logits, 0.0)) / count).float()
-        variance = row_sum(torch.where(alive, logits - mean, 0.0).square_()) / count
-        # The largest entry must survive where the deviation is 0 and a row's n infinite.
-        reach = torch.nan_to_num(self.sigmas.at(rows) * variance.sqrt().float(), nan=float("inf"))
-        return logits.masked_fill_(logits < row_max(logits) - reach, NEG_INF)
+    def apply(self, candidates: Candidates, rows: Rows) -> None:
+        sigmas = self.sigmas.at(rows)
+        reach = sigmas * candidates.deviation
+        # Logits near the end of float32 have no deviation that fits into it: nothing is dropped.
+        reach = torch.where(reach.isnan(), float("inf"), reach)
+        candidates.keep_above(candidates.top - reach, active=sigmas > 0)

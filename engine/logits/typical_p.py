@@ -1,26 +1,21 @@
 """Locally typical sampling: Meister et al., 2022, arXiv:2202.00666."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.stage import Stage
-from engine.numerics import NEG_INF, entropy, log_softmax
-from engine.ranking import Ranking
+from engine.logits.candidates import Candidates
+from engine.logits.stage import Filter
 from engine.types import Request, Rows
 
 
-class TypicalP(Stage):
+class TypicalP(Filter):
     """Keep the tokens whose surprise is nearest the entropy, until they have mass `typical_p`.
 
     The likeliest token may go; of equally near tokens the lowest ids stay.
     """
 
     fields = ("typical_p",)
-    sampling_only = True
 
     def __init__(self, lanes: Lanes) -> None:
         self.typical_p = lanes.column(torch.float32, neutral=1.0)
@@ -29,18 +24,21 @@ class TypicalP(Stage):
         self.typical_p[lane] = request.params.typical_p
         return request.params.typical_p < 1.0
 
-    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+    def apply(self, candidates: Candidates, rows: Rows) -> None:
         typical_p = self.typical_p.at(rows)
-        logprobs = log_softmax(logits)
-        # Largest first, so that nearest is best; dropped entries stay last.
-        nearness = (logprobs + entropy(logprobs)).abs_().neg_()
-
-        def rule(
-            values: Tensor, ids: Tensor, take: Callable[[Tensor], Tensor]
-        ) -> tuple[Tensor, Tensor]:
-            p = take(typical_p)
-            mass = take(logprobs).gather(1, ids).exp_().cumsum(1)
-            keep = (F.pad(mass[:, :-1], (1, 0)) < p) & (values > NEG_INF)
-            return keep, mass[:, -1] >= p[:, 0]
-
-        return Ranking().cut(nearness, typical_p < 1.0, rule, target=logits)
+        total, entropy = candidates.total.float(), candidates.entropy.float()
+        # Sorting by id first makes the stable sort by distance break ties by lowest id.
+        by_id = candidates.ids.argsort(dim=1)
+        distance = (candidates.logits - total + entropy).abs().gather(1, by_id)
+        nearest, order = distance.sort(dim=1, stable=True)
+        order = by_id.gather(1, order)
+        mass = candidates.probs.gather(1, order).cumsum(1)
+        keep = F.pad(mass[:, :-1], (1, 0)) < typical_p
+        keep[:, 0] = True
+        # The tail is at least as surprising as its bound. It is farther off than all that is kept
+        # if that bound is, on the far side of the entropy.
+        bound = total - candidates.least - entropy
+        farthest = nearest.masked_fill(~keep, 0.0).amax(1, keepdim=True)
+        inside = (mass[:, -1:] >= typical_p) & (bound > farthest)
+        keep = torch.zeros_like(keep).scatter_(1, order, keep)
+        candidates.keep(keep, active=typical_p < 1.0, inside=inside)

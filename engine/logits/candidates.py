@@ -1,0 +1,158 @@
+"""The likeliest tokens of each row: nearly always all that temperature and filters look at."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from engine.numerics import NEG_INF, best, deviation, summarise
+
+WIDTH = 256
+
+
+class Candidates:
+    """Sampled rows on their way through temperature and filters.
+
+    Each row has its best `width` (256) tokens, found when a filter first asks: best first, equal
+    ones by lowest id. The others are its tail, which is kept or dropped as one. A filter that would
+    have to look into the tail makes the row `unsure`; whoever runs the filters then runs them again
+    on that row with its whole vocabulary as candidates, the definition of what is right.
+
+    The distribution is that of everything not dropped yet, the tail included.
+    """
+
+    def __init__(self, raw: Tensor, width: int | None = None) -> None:
+        """`raw` [R, V] float32 is only read; every row needs a finite entry."""
+        self.raw = raw
+        self.width = min(WIDTH if width is None else width, raw.shape[1])
+        rows = (len(raw),)
+        self.temperature = torch.ones(rows, device=raw.device)
+        self.tail = torch.full(rows, self.width < raw.shape[1], device=raw.device)
+        self.unsure = torch.zeros(rows, dtype=torch.bool, device=raw.device)
+        self._logits: Tensor | None = None
+
+    @cached_property
+    def _best(self) -> tuple[Tensor, Tensor]:
+        return best(self.raw, self.width)
+
+    @property
+    def ranked(self) -> bool:
+        """Has any filter looked?"""
+        return self._logits is not None
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids, [R, K] int64."""
+        return self._best[1]
+
+    @property
+    def logits(self) -> Tensor:
+        """Divided by the temperature so far, -inf where dropped: [R, K] float32."""
+        if self._logits is None:
+            self._logits = _scaled(self._best[0], self.temperature.unsqueeze(1))
+        return self._logits
+
+    @property
+    def alive(self) -> Tensor:
+        """Which candidates are left, [R, K]."""
+        return self.logits > NEG_INF
+
+    @property
+    def least(self) -> Tensor:
+        """No token of the tail has a larger logit than this, [R, 1]."""
+        return _scaled(self._best[0][:, -1:], self.temperature.unsqueeze(1))
+
+    # -- the distribution
+
+    @property
+    def top(self) -> Tensor:
+        """The largest logit, [R, 1]."""
+        return self.logits.amax(1, keepdim=True)
+
+    @property
+    def total(self) -> Tensor:
+        """ln Σ exp of the logits, [R, 1] float64."""
+        return self._summary[0]
+
+    @property
+    def entropy(self) -> Tensor:
+        """In nats, [R, 1] float64."""
+        return self._summary[1]
+
+    @property
+    def probs(self) -> Tensor:
+        """Of each candidate, [R, K] float32.
+
+        Rounded to float32 only here: sums that are exactly a limit must compare equal to it.
+        """
+        return (self.logits.double() - self.total).exp_().float()
+
+    @property
+    def deviation(self) -> Tensor:
+        """The population standard deviation of the logits, [R, 1]."""
+        own = deviation(self.logits)
+        if not self._may_have_tail:
+            return own
+        whole = deviation(self.raw) / self.temperature.unsqueeze(1)
+        return torch.where(self.tail.unsqueeze(1), whole, own)
+
+    @cached_property
+    def _summary(self) -> tuple[Tensor, Tensor]:
+        own = summarise(self.logits, torch.ones_like(self.temperature))
+        if not self._may_have_tail:
+            return own
+        # Where the tail is left, so is every candidate: `drop` is for the end of the pipeline.
+        whole = summarise(self.raw, self.temperature)
+        tail = self.tail.unsqueeze(1)
+        return torch.where(tail, whole[0], own[0]), torch.where(tail, whole[1], own[1])
+
+    @property
+    def _may_have_tail(self) -> bool:
+        # Asking a GPU would mean waiting for it.
+        return self.width < self.raw.shape[1] and (not self.raw.is_cpu or bool(self.tail.any()))
+
+    # -- changes
+
+    def divide(self, temperature: Tensor) -> None:
+        """Divide all logits by a temperature, [R, 1]."""
+        if self._logits is not None:
+            self._logits = _scaled(self._logits, temperature)
+        self.temperature = self.temperature * temperature.squeeze(1)
+        self._forget()
+
+    def keep(self, mask: Tensor, active: Tensor, inside: Tensor) -> None:
+        """Drop candidates outside `mask` [R, K], and the tail, in the rows `active` [R, 1].
+
+        `inside` [R, 1]: the mask was decided without the tail, nothing of which is to be kept.
+        """
+        active = active.squeeze(1)
+        self.unsure |= active & self.tail & ~inside.squeeze(1)
+        self.tail &= ~active
+        self.drop(~mask & active.unsqueeze(1))
+
+    def keep_above(self, floor: Tensor, active: Tensor) -> None:
+        """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
+        self.keep(self.logits >= floor, active, inside=self.least < floor)
+
+    def drop(self, mask: Tensor) -> None:
+        """Drop some candidates [R, K]; the tail stays as it is."""
+        self._logits = self.logits.masked_fill(mask, NEG_INF)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_summary", None)
+
+    # -- all tokens again
+
+    def dense(self) -> Tensor:
+        """The logits of the whole vocabulary, -inf where dropped: [R, V] float32."""
+        whole = _scaled(self.raw, self.temperature.unsqueeze(1))
+        if not self.ranked:
+            return whole
+        whole = torch.where(self.tail.unsqueeze(1), whole, NEG_INF)
+        return whole.scatter_(1, self.ids, self.logits)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits / temperature, finite where it would be too large for float32."""
+    return (logits / temperature).clamp_(max=torch.finfo(torch.float32).max)
