@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 GREEDY_TEMPERATURE = 1e-5  # below this a row takes the argmax
 MAX_CHOICES = 128
+MAX_STOPS = 64
 LOGIT_BIAS_LIMIT = 100.0
 
 INT64 = 1 << 63
@@ -27,6 +28,12 @@ INT64 = 1 << 63
 def _integral(value: object) -> object:
     """JSON has one number type: 16.0 is the integer 16, 16.5 is not one and stays as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _fits(value: int) -> int:
+    if not -INT64 <= value < INT64:
+        raise PydanticCustomError("invalid_value", "Input should be a number of 64 bits")
+    return value
 
 
 def _one_or_many(value: object) -> object:
@@ -42,7 +49,9 @@ def _bias_by_token_id(value: object) -> object:
             token_id = int(key)
         except (TypeError, ValueError):
             raise PydanticCustomError(
-                "invalid_token_id", "keys must be token ids, got {key}", {"key": repr(key)[:40]}
+                "invalid_token_id",
+                "logit_bias must have token ids as keys, got {key}",
+                {"key": repr(key)[:40], "param": "logit_bias"},
             ) from None
         biases[token_id] = bias
     return biases
@@ -53,7 +62,8 @@ def _clamped(biases: dict[int, float]) -> dict[int, float]:
     return {token_id: min(max(bias, -limit), limit) for token_id, bias in biases.items()}
 
 
-Integer = Annotated[int, BeforeValidator(_integral)]
+TokenId = Annotated[int, BeforeValidator(_integral)]
+Integer = Annotated[TokenId, AfterValidator(_fits)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NonEmptyStr = Annotated[str, StringConstraints(min_length=1)]
 
@@ -93,14 +103,21 @@ class SamplingParams(StrictModel):
         "and stop strings do not match.",
         examples=[8],
     )
-    stop: Annotated[list[NonEmptyStr], BeforeValidator(_one_or_many)] = Field(
+    stop: Annotated[
+        list[NonEmptyStr],
+        BeforeValidator(
+            _one_or_many,
+            json_schema_input_type=NonEmptyStr
+            | Annotated[list[NonEmptyStr], Field(max_length=MAX_STOPS)],
+        ),
+    ] = Field(
         default=[],
-        max_length=64,
+        max_length=MAX_STOPS,
         description="Up to 64 strings that end the text. The one that is complete first wins. An "
         "entry equal to a special token's text also acts as that token.",
         examples=[["\n\n", "User:"]],
     )
-    stop_token_ids: list[Integer] = Field(
+    stop_token_ids: list[TokenId] = Field(
         default=[],
         description="Token ids that end the sequence. The token counts in `usage`, not in the "
         "text.",
@@ -178,7 +195,7 @@ class SamplingParams(StrictModel):
     )
 
     # -- bans
-    allowed_token_ids: list[Integer] | None = Field(
+    allowed_token_ids: list[TokenId] | None = Field(
         default=None,
         min_length=1,
         description="Only these tokens can be generated. End-of-sequence too must be listed to be "

@@ -71,6 +71,11 @@ def prepare(
     max_tokens = _max_tokens(
         len(prompt_ids), params, info, prompt_param, default_max_tokens, clamp_max_tokens
     )
+    if params.max_tokens is None and params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens must be at most max_tokens, here {max_tokens}, got {params.min_tokens}",
+            "min_tokens",
+        )
     stop_tokens: dict[int, int | str] = {token_id: token_id for token_id in params.stop_token_ids}
     for token_id, text in tokenizer.special.items():
         if text in params.stop:

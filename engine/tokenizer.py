@@ -24,10 +24,14 @@ class Tokenizer:
         try:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelUnavailable(f"no usable tokenizer in {folder}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ModelUnavailable(f"no usable tokenizer in {folder}: {reason}") from error
         if not self.hf.is_fast:
             raise ModelUnavailable(f"the tokenizer in {folder} has no `tokenizers` form")
         self._backend = self.hf.backend_tokenizer
+        if not self._backend.get_vocab(with_added_tokens=False):
+            # What `transformers` makes up for some families where there are no files.
+            raise ModelUnavailable(f"the tokenizer in {folder} has no vocabulary")
         # A tokenizer.json may ask for padding or truncation, as in training; a server must not.
         self._backend.no_padding()
         self._backend.no_truncation()

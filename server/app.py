@@ -1,10 +1,9 @@
 """The ASGI application: routes, error handlers, life."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,7 +23,12 @@ from server.routes import chat, completions, health, models
 from server.schemas import ErrorBody
 from server.state import ServerState
 
-log = logging.getLogger(__name__)
+_BOUNDS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+}
 
 
 def create_app(
@@ -48,6 +52,7 @@ def create_app(
         docs_url="/docs" if config.docs else None,
         redoc_url=None,
         openapi_url="/openapi.json" if config.docs else None,
+        redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.server = state
@@ -55,7 +60,6 @@ def create_app(
         app.include_router(module.router)
     for kind in (RequestValidationError, ValidationError, HTTPException, ApiError, EngineError):
         app.add_exception_handler(kind, respond)
-    app.add_exception_handler(Exception, respond)
     app.add_middleware(RequestContext, state=state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -73,13 +77,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _announce(state: ServerState) -> None:
-    try:
+    with suppress(EngineError):  # which ends the process, and is reported there
         await state.engine.loaded()
-    except EngineError as error:
-        log.error("cannot serve: %s", error)
-        return
-    assert state.engine.info is not None
-    state.metrics.set_model(state.engine.info)
+        assert state.engine.info is not None
+        state.metrics.set_model(state.engine.info)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -91,5 +92,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
-        app.openapi_schema = schema
+        app.openapi_schema = _with_bounds(schema)
     return app.openapi_schema
+
+
+def _with_bounds(schema: Any) -> Any:
+    """pydantic leaves the bounds of some numbers under its own names."""
+    if isinstance(schema, list):
+        return [_with_bounds(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {_BOUNDS.get(name, name): _with_bounds(value) for name, value in schema.items()}

@@ -2,7 +2,10 @@
 
 import hashlib
 import hmac
+from contextlib import suppress
 from pathlib import Path
+
+from server.settings import BadOption
 
 
 class Keys:
@@ -13,11 +16,15 @@ class Keys:
         self._file = None if file is None else Path(file)
         self._read: list[bytes] = []
         self._read_at: int | None = None
-        self._refresh()
+        try:
+            self._refresh()
+        except (OSError, ValueError) as error:
+            raise BadOption(f"--api-key-file: cannot read {file}: {error}") from error
 
     def allow(self, authorization: str | None) -> bool:
         """Does a request with this Authorization header get in? Without keys, all do."""
-        self._refresh()
+        with suppress(OSError, ValueError):  # being replaced: the keys last read stay good
+            self._refresh()
         known = self._fixed + self._read
         if not known and self._file is None:
             return True

@@ -92,11 +92,11 @@ def _no_constant(name: str) -> Any:
 
 def _check_media_type(content_type: str) -> None:
     message = Message()
-    message["content-type"] = content_type or "application/json"
+    message["content-type"] = content_type
     if message.get_content_type() != "application/json":
         raise ApiError(
             415,
-            f"Content-Type must be application/json, got {content_type[:100]}.",
+            f"Content-Type must be application/json, got {content_type[:100] or 'none'}.",
             code="unsupported_media_type",
         )
 

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from engine.config import Size
+from engine.params import NonEmptyStr
 
 
 def _names(value: object) -> object:
@@ -12,7 +13,7 @@ def _names(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Names = Annotated[list[str], BeforeValidator(_names)]
+Names = Annotated[list[NonEmptyStr], BeforeValidator(_names)]
 
 
 class ServerConfig(BaseModel):

@@ -63,6 +63,9 @@ class ApiError(Exception):
             }
         }
 
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=dict(self.headers or {}))
+
 
 def to_api_error(error: BaseException) -> ApiError:
     """The status, type and code of anything that can go wrong."""
@@ -79,7 +82,8 @@ def to_api_error(error: BaseException) -> ApiError:
                 str(error),
                 "service_unavailable",
                 code=error.code,
-                headers={"Retry-After": str(error.retry_after_s)},
+                headers={"Retry-After": str(error.retry_after_s)}
+                | ({"Connection": "close"} if error.code == "draining" else {}),
             )
         case EngineDead():
             return ApiError(
@@ -101,9 +105,8 @@ def to_api_error(error: BaseException) -> ApiError:
 
 
 async def respond(_request: Request, error: Exception) -> JSONResponse:
-    """Answer with an error; registered for every exception."""
-    known = to_api_error(error)
-    return JSONResponse(known.body, known.status, headers=dict(known.headers or {}))
+    """Answer with an error that is expected; `RequestContext` answers for all others."""
+    return to_api_error(error).response()
 
 
 def _http_error(error: HTTPException) -> ApiError:
@@ -129,7 +132,7 @@ def _describe(problem: Any) -> tuple[str | None, str, str, str]:
     context = problem.get("ctx") or {}
     kind = problem["type"]
     param = context.get("param") or path(problem["loc"])
-    code = _CODES.get(kind) or ("invalid_type" if _is_type(kind) else "invalid_value")
+    code = _CODES.get(kind) or ("invalid_type" if _is_type(problem) else "invalid_value")
     order = "type" if code in ("invalid_type", "missing_required_parameter") else "value"
     if "param" in context:
         return param, problem["msg"], order, code
@@ -143,8 +146,10 @@ def _describe(problem: Any) -> tuple[str | None, str, str, str]:
     return param, f"{param}: {verb}{message[:1].lower()}{message[1:]}{shown}", order, code
 
 
-def _is_type(kind: str) -> bool:
-    return kind.endswith(("_type", "_from_float", "_attributes_type"))
+def _is_type(problem: Any) -> bool:
+    if problem["type"] == "literal_error":  # all our literals are strings
+        return not isinstance(problem["input"], str)
+    return bool(problem["type"].endswith(("_type", "_from_float")))
 
 
 def path(loc: Sequence[str | int]) -> str | None:
@@ -169,18 +174,22 @@ def _bounds(loc: Sequence[str | int], context: Mapping[str, Any]) -> str | None:
     for item in field.metadata if field else ():
         match item:
             case Ge():
-                limits["ge"] = item.ge
+                limits.setdefault("ge", item.ge)
             case Gt():
-                limits["gt"] = item.gt
+                limits.setdefault("gt", item.gt)
             case Le():
-                limits["le"] = item.le
+                limits.setdefault("le", item.le)
             case Lt():
-                limits["lt"] = item.lt
+                limits.setdefault("lt", item.lt)
     low, high = limits.get("ge"), limits.get("le")
     if low is not None and high is not None:
-        return f"between {low:g} and {high:g}"
+        return f"between {_plain(low)} and {_plain(high)}"
     words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
-    return " and ".join(f"{words[k]} {limits[k]:g}" for k in words if limits.get(k) is not None)
+    return " and ".join(f"{words[k]} {_plain(limits[k])}" for k in words if k in limits)
+
+
+def _plain(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)
 
 
 def _known_fields() -> dict[str, FieldInfo]:

@@ -14,7 +14,7 @@ from prometheus_client import (
 )
 
 from engine.prepare import ModelInfo
-from engine.types import Finished, Request, StepStats
+from engine.types import Finished, FinishReason, Request, StepStats
 
 # fmt: off
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5,
@@ -112,6 +112,19 @@ class Metrics:
             registry=self.registry,
         )
         self._last = StepStats()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Zeros, so that dashboards have every series before anything happens."""
+        self.on_step(self._last)
+        for name in self._counters:
+            self._count(name, 0)
+        for counter in self._success:
+            for reason in (*FinishReason, "abort", "error"):
+                counter.labels(**self._labels, finished_reason=reason)
+        for histograms in self._histograms.values():
+            for histogram in histograms:
+                histogram.labels(**self._labels)
 
     # -- what happened
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.types import Finished
-from server.errors import ApiError
+from server.errors import ApiError, to_api_error
 from server.state import ServerState
+from server.stream import SlowClient
 
 CLIENT_GONE = 499  # never on the wire
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -92,6 +93,15 @@ class RequestContext:
                 await _UNAUTHORIZED(scope, receive, send_with_id)
             else:
                 await self.app(scope, receive, send_with_id)
+        except (ClientDisconnect, SlowClient):
+            request_log.status = CLIENT_GONE
+        except Exception as error:
+            log.exception("request %s failed", request_log.request_id)
+            if request_log.status != CLIENT_GONE:  # too late for another answer
+                raise
+            failure = to_api_error(error)
+            request_log.error = failure.code
+            await failure.response()(scope, receive, send_with_id)
         finally:
             self.state.num_inflight -= posting
             route = scope.get("route")
@@ -109,13 +119,9 @@ class RequestContext:
         return path != "/metrics" or self.state.config.protect_metrics
 
 
-def _unauthorized() -> JSONResponse:
-    error = ApiError(
-        401,
-        "Missing or wrong API key; send it as 'Authorization: Bearer KEY'.",
-        code="invalid_api_key",
-    )
-    return JSONResponse(error.body, 401, headers={"WWW-Authenticate": "Bearer"})
-
-
-_UNAUTHORIZED = _unauthorized()
+_UNAUTHORIZED = ApiError(
+    401,
+    "Missing or wrong API key; send it as 'Authorization: Bearer KEY'.",
+    code="invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+).response()

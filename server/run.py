@@ -46,7 +46,10 @@ def serve(settings: Settings) -> int:
         sampling=settings.sampling,
     )
     server = Server(app, host=config.host, port=config.port)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn cannot have the port, and has said why
+        return 2
     return server.exit_code
 
 
@@ -127,7 +130,6 @@ class Server(uvicorn.Server):
         error = await self.state.engine.died()
         self.exit_code = 2 if isinstance(error, ModelUnavailable) else 1
         log.error("%s", error)
-        self.state.draining = True
         await self._until_idle(_LAST_ANSWERS_S, or_hurry=False)
         self.should_exit = True
 

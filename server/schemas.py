@@ -16,14 +16,13 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from engine.params import Integer, SamplingParams, StrictModel, clash
+from engine.params import Integer, SamplingParams, StrictModel, TokenId, clash
 
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 MAX_LOGPROBS = 20
@@ -212,7 +211,7 @@ class GenerationRequest(SamplingParams):
         for alias, name in ALIASES.items():
             if alias in renamed:
                 value = renamed.pop(alias)
-                if value is not None and renamed.get(name, value) != value:
+                if value is not None and renamed.get(name) not in (None, value):
                     raise PydanticCustomError(
                         "incompatible_parameters",
                         "{alias} and {name} are the same parameter with two values",
@@ -248,10 +247,6 @@ class GenerationRequest(SamplingParams):
     @property
     def options(self) -> StreamOptions:
         return self.stream_options or StreamOptions()
-
-    @property
-    def unknown_fields(self) -> dict[str, Any]:
-        return self.model_extra or {}
 
 
 # -- /v1/completions
@@ -304,18 +299,14 @@ def _prompt_type(expected: str, index: int | None = None) -> PydanticCustomError
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)] = Field(
+    prompt: Annotated[
+        list[Prompt],
+        BeforeValidator(
+            _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+        ),
+    ] = Field(
         default=[""],
         description="Text, token ids, or a list of either. Token ids are taken as they are.",
-        json_schema_extra={
-            "type": "",
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ],
-        },
         examples=["Once upon a time"],
     )
     echo: bool = Field(
@@ -350,10 +341,22 @@ class TextPart(StrictModel):
     @classmethod
     def _only_text(cls, value: str) -> str:
         if value != "text":
-            raise PydanticCustomError(
-                "unsupported_parameter", "this model reads text only, not {type}", {"type": value}
-            )
+            raise PydanticCustomError("unsupported_parameter", "Input should be 'text'")
         return value
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Self:
+        if "text" not in self.model_fields_set:
+            raise PydanticCustomError("missing_required_parameter", "text is required")
+        return self
+
+
+def _text_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [TextPart(type="text", text=value)]
+    if not isinstance(value, list):
+        raise PydanticCustomError("invalid_type", "Input should be a string or a list of parts")
+    return value
 
 
 class ChatMessage(StrictModel):
@@ -362,20 +365,10 @@ class ChatMessage(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-
-    @field_validator("content", mode="wrap")
-    @classmethod
-    def _one_of_two_types(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
-        """Choose between string and parts here, so that an error names the client's own field."""
-        if value is None or isinstance(value, str):
-            return value
-        if not isinstance(value, list):
-            raise PydanticCustomError(
-                "invalid_type", "content must be a string or a list of parts", {}
-            )
-        del handler, info
-        return [TextPart.model_validate(part) for part in value]
+    content: Annotated[
+        list[TextPart] | None,
+        BeforeValidator(_text_parts, json_schema_input_type=str | list[TextPart] | None),
+    ] = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -391,10 +384,9 @@ class ChatMessage(StrictModel):
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: `system`, and plain text."""
         content = self.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
+        text = None if content is None else "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content, **(self.model_extra or {})}
+        return {"role": role, "content": text, **(self.model_extra or {})}
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -466,6 +458,8 @@ class ChatCompletionRequest(GenerationRequest):
 class TokenizeRequest(StrictModel):
     """The body of POST /tokenize: either a prompt or messages."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = Field(default=None, description="Name of the served model.")
     prompt: str | None = Field(default=None, description="Text to encode.")
     messages: list[ChatMessage] | None = Field(
@@ -490,8 +484,10 @@ class TokenizeRequest(StrictModel):
 class DetokenizeRequest(StrictModel):
     """The body of POST /detokenize."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = Field(default=None, description="Name of the served model.")
-    tokens: list[Integer] = Field(description="Token ids to decode.")
+    tokens: list[TokenId] = Field(description="Token ids to decode.")
 
 
 REQUESTS = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from engine.client import Generation
 from engine.errors import InvalidRequest, Overloaded
-from engine.params import SamplingParams
+from engine.params import SamplingParams, StrictModel
 from engine.prepare import Output, prepare
 from engine.types import Delta, Finished
 from engine.types import Request as EngineRequest
@@ -30,10 +30,10 @@ class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
-def check_fields(body: GenerationRequest, state: ServerState) -> dict[str, str]:
+def check_fields(body: StrictModel, state: ServerState) -> dict[str, str]:
     """Refuse what cannot be honoured; the headers that report what is ignored."""
     ignored = []
-    for name, value in body.unknown_fields.items():
+    for name, value in (body.model_extra or {}).items():
         if name in UNSUPPORTED:
             if not any(value == neutral for neutral in UNSUPPORTED[name]):
                 raise InvalidRequest(
@@ -64,13 +64,17 @@ def check_logprobs(
     return min(count, vocab_size)
 
 
-def sampling_params(body: GenerationRequest, defaults: dict[str, Any]) -> SamplingParams:
-    """The request's own parameters over the model's defaults."""
+def sampling_params(
+    body: GenerationRequest, defaults: dict[str, Any], max_tokens: int | None = None
+) -> SamplingParams:
+    """The request's own parameters over the model's defaults, and `max_tokens` over both."""
     given = {
         name: getattr(body, name)
         for name in SamplingParams.model_fields
         if name in body.model_fields_set
     }
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
     return SamplingParams.model_validate(defaults | given)
 
 
@@ -209,11 +213,15 @@ def stream(
     def on_error(error: BaseException) -> None:
         log.error = to_api_error(error).code
 
+    def on_gone() -> None:
+        log.status = CLIENT_GONE
+
     return EventStream(
         generation,
         chunks,
         end,
         on_error,
+        on_gone,
         keepalive_s=state.config.sse_keepalive,
         slow_client_s=state.config.slow_client_timeout,
     )

@@ -38,13 +38,20 @@ class ServerState:
     def model(self) -> tuple[Tokenizer, ModelInfo]:
         """The loaded model. Raises Overloaded or EngineDead while there is none."""
         engine = self.engine
+        if engine.state is EngineState.DEAD:
+            raise EngineDead("the engine has stopped")
+        if self.stalled:
+            raise EngineDead("the engine does not answer")
         if self.draining:
             raise Overloaded("the server is shutting down", "draining", retry_after_s=10)
-        if engine.state is EngineState.LOADING:
+        if engine.tokenizer is None or engine.info is None:
             raise Overloaded("the model is loading", "model_loading", retry_after_s=5)
-        if engine.state is EngineState.DEAD or engine.tokenizer is None or engine.info is None:
-            raise EngineDead("the engine has stopped")
         return engine.tokenizer, engine.info
+
+    @property
+    def stalled(self) -> bool:
+        """Has the engine had work for too long without a step?"""
+        return self.engine.stalled_for() > self.config.watchdog
 
     def defaults(self, info: ModelInfo) -> dict[str, Any]:
         """Sampling parameters that apply where a request gives none."""

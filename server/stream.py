@@ -42,6 +42,7 @@ class EventStream(StreamingResponse):
         chunks: Callable[[Delta | Finished], list[Any]],
         end: Callable[[], list[Any]],
         on_error: Callable[[BaseException], None],
+        on_gone: Callable[[], None],
         *,
         keepalive_s: float,
         slow_client_s: float,
@@ -51,6 +52,8 @@ class EventStream(StreamingResponse):
         self._chunks = chunks
         self._end = end
         self._on_error = on_error
+        self._on_gone = on_gone
+        self._complete = False
         self._keepalive_s = keepalive_s
         self._slow_client_s = slow_client_s
 
@@ -67,6 +70,7 @@ class EventStream(StreamingResponse):
         except Exception as error:  # noqa: BLE001 - whatever it is, the client must be told
             self._on_error(error)
             yield event(to_api_error(error).body)
+        self._complete = True
         yield _DONE
 
     async def _with_pauses(self) -> AsyncIterator[Delta | Finished | None]:
@@ -94,4 +98,6 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send_in_time)
         finally:
+            if not self._complete:
+                self._on_gone()
             self._generation.close()

@@ -1,6 +1,7 @@
 """Is the server there, able, and how busy?"""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -12,7 +13,7 @@ from server.state import ServerState, state_of
 
 router = APIRouter()
 
-_METHODS = ["GET", "HEAD"]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def _condition(state: ServerState) -> tuple[str, str | None]:
@@ -20,11 +21,22 @@ def _condition(state: ServerState) -> tuple[str, str | None]:
     engine = state.engine
     if engine.state is EngineState.DEAD:
         return "unhealthy", "the engine has stopped"
-    if engine.stalled_for() > state.config.watchdog:
+    if state.stalled:
         return "unhealthy", f"no step for {engine.stalled_for():.0f} s, with work waiting"
     if engine.state is EngineState.LOADING:
         return "loading", "the model is loading"
     return ("ok", None) if state.ready else ("draining", "the server is shutting down")
+
+
+def _probe(path: str) -> Callable[[Endpoint], Endpoint]:
+    """A route for GET and HEAD, documented as GET: FastAPI would give both one operation id."""
+
+    def register(endpoint: Endpoint) -> Endpoint:
+        router.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(endpoint)
+        router.get(path)(endpoint)  # only in the document: the route above comes first
+        return endpoint
+
+    return register
 
 
 def _answer(request: Request, *good: str) -> JSONResponse:
@@ -34,20 +46,20 @@ def _answer(request: Request, *good: str) -> JSONResponse:
     )
 
 
-@router.api_route("/live", methods=_METHODS)
+@_probe("/live")
 async def live(request: Request) -> Response:
     """For liveness probes: should the process be restarted?"""
     return _answer(request, "ok", "loading", "draining")
 
 
-@router.api_route("/health", methods=_METHODS)
-@router.api_route("/ping", methods=_METHODS)
+@_probe("/health")
+@_probe("/ping")
 async def health(request: Request) -> Response:
     """For scripts that wait for the server: has the model been loaded?"""
     return _answer(request, "ok", "draining")
 
 
-@router.api_route("/ready", methods=_METHODS)
+@_probe("/ready")
 async def ready(request: Request) -> Response:
     """For load balancers: should new requests be sent here?"""
     return _answer(request, "ok")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from engine.client import EngineState
 from engine.errors import InvalidRequest
@@ -10,7 +10,7 @@ from server.body import JSONRoute
 from server.chat import encode_for_tokenize
 from server.errors import ApiError
 from server.schemas import DetokenizeRequest, TokenizeRequest
-from server.serving import in_thread_if_long
+from server.serving import check_fields, in_thread_if_long
 from server.state import ServerState, state_of
 
 router = APIRouter(route_class=JSONRoute)
@@ -53,9 +53,11 @@ def _entry(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.post("/tokenize")
 @router.post("/v1/tokenize")
-async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(request: Request, response: Response, body: TokenizeRequest) -> dict[str, Any]:
     """Text or messages to token ids."""
-    tokenizer, info = state_of(request).model()
+    state = state_of(request)
+    response.headers.update(check_fields(body, state))
+    tokenizer, info = state.model()
     size = len(body.prompt or "") + sum(len(str(m.content)) for m in body.messages or ())
     tokens: list[int] = await in_thread_if_long(size, encode_for_tokenize, body, tokenizer)
     strings = [tokenizer.text_of(token_id) for token_id in tokens]
@@ -69,9 +71,13 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
 
 @router.post("/detokenize")
 @router.post("/v1/detokenize")
-async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str]:
+async def detokenize(
+    request: Request, response: Response, body: DetokenizeRequest
+) -> dict[str, str]:
     """Token ids to text, special tokens included."""
-    tokenizer, info = state_of(request).model()
+    state = state_of(request)
+    response.headers.update(check_fields(body, state))
+    tokenizer, info = state.model()
     for index, token_id in enumerate(body.tokens):
         if not 0 <= token_id < info.vocab_size:
             raise InvalidRequest(
