@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.models.source import Source, locate, read_config
 from engine.tokenizer import Tokenizer
@@ -11,6 +12,14 @@ from tests.support import tiny
 from tests.support.engines import tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_CORES = torch.get_num_threads()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for tiny tensors: more of them wait for each other, and for other processes."""
+    torch.set_num_threads(1 if item.get_closest_marker("slow") is None else _CORES)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +36,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_folder() -> Path:
-    """The default model, SmolLM2-135M-Instruct, as a Hugging Face folder; fetched the first time."""
+    """The default model, SmolLM2-135M-Instruct, as a folder; fetched the first time."""
     return _named("smollm2-135m-instruct")
 
 

@@ -11,9 +11,10 @@ from engine.load import load_engine
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Failed, Finished, Request
+from engine.types import Delta, Failed, Finished, Plan, Request
 from server.answers import merge
 from tests.support import tiny
+from tests.support.invariants import check_plan
 
 EOS = 2
 
@@ -95,6 +96,14 @@ class Results:
     def text(self, request_id: str = "r", index: int = 0) -> str:
         return self.choices[request_id, index].text
 
+    def merge(self) -> "Results":
+        """Put the deltas of each choice together."""
+        parts: dict[tuple[str, int], list[Delta]] = {}
+        for delta in self.deltas:
+            parts.setdefault((delta.request_id, delta.index), []).append(delta)
+        self.choices = {key: merge(deltas) for key, deltas in parts.items()}
+        return self
+
 
 def run(core: EngineCore, *requests: Request, max_steps: int = 5000) -> Results:
     """Submit all requests and step until nothing is left to do."""
@@ -111,11 +120,7 @@ def drain(core: EngineCore, max_steps: int = 5000) -> Results:
             break
         collect(results, core.step()[0])
     assert not core.has_work, "the engine did not finish"
-    parts: dict[tuple[str, int], list[Delta]] = {}
-    for delta in results.deltas:
-        parts.setdefault((delta.request_id, delta.index), []).append(delta)
-    results.choices = {key: merge(deltas) for key, deltas in parts.items()}
-    return results
+    return results.merge()
 
 
 def collect(results: Results, messages: Iterable[Any]) -> None:
@@ -128,6 +133,20 @@ def collect(results: Results, messages: Iterable[Any]) -> None:
                 results.finished[message.request_id] = message
             case Failed():
                 results.failed[message.request_id] = message
+
+
+def record_plans(core: EngineCore) -> list[Plan]:
+    """The plans of all steps to come, checked as they are made."""
+    plans: list[Plan] = []
+    forward = core.runner.forward
+
+    def recording(plan: Plan) -> Any:
+        check_plan(core, plan)
+        plans.append(plan)
+        return forward(plan)
+
+    core.runner.forward = recording  # type: ignore[method-assign]
+    return plans
 
 
 def assert_all_free(core: EngineCore) -> None:

@@ -1,6 +1,7 @@
 """A model without weights, whose next token follows a script."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from engine.attention import Attention
 from engine.attention.torch_paged import LayerCache
 from engine.models.base import ForwardInput, KVShape
 from tests.support.tiny import VOCAB
+
+_DIM = 16  # the least that the compiled attention takes
 
 Script = Callable[[int, int], Tensor]  # the last token and its position to logits [V]
 
@@ -21,7 +24,7 @@ class ScriptedModel:
     """
 
     dtype = torch.float32
-    kv_shapes = (KVShape(1, 8, 8),)
+    kv_shapes = (KVShape(1, _DIM, _DIM),)
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class ScriptedModel:
         self.context_len = context_len
         self.attentive = attentive
         self.num_rows = 0  # of logits asked for so far
+        self.most_rows = 0  # at once
 
     def forward(
         self, inputs: ForwardInput, cache: list[LayerCache], attention: Attention
@@ -43,7 +47,7 @@ class ScriptedModel:
         """[T, 3]: token, position, and the mean of all tokens so far weighted by position."""
         ids = inputs.token_ids.float()
         kept = torch.stack((ids, inputs.positions.float(), ids * (inputs.positions % 7 + 1)), 1)
-        kept = torch.nn.functional.pad(kept, (0, 5)).unsqueeze(1)
+        kept = torch.nn.functional.pad(kept, (0, _DIM - 3)).unsqueeze(1)
         seen = attention.attend(
             torch.zeros_like(kept), kept, kept, cache[0], inputs.attention, scale=1.0
         )
@@ -51,14 +55,16 @@ class ScriptedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.num_rows += len(hidden)
+        self.most_rows = max(self.most_rows, len(hidden))
         rows = []
         for token, position, seen in hidden.tolist():
-            # In steps of 1/8: summation order must not matter.
-            salt = round(seen * 8) if self.attentive else 0
+            # The mean times the count is whole again, in whatever order it was summed.
+            salt = round(seen * (position + 1)) if self.attentive else 0
             rows.append(self.script(int(token) + 1000 * salt, int(position)))
         return torch.stack(rows).float() if rows else hidden.new_zeros(0, self.vocab_size)
 
 
+@lru_cache(maxsize=4096)
 def pseudo_random(token: int, position: int, vocab_size: int = VOCAB) -> Tensor:
     """Logits that are the same for the same arguments, and different for others."""
     generator = torch.Generator().manual_seed(token * 1_000_003 + position)

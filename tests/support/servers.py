@@ -3,11 +3,13 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
+import torch
 from fastapi import FastAPI
 
 from engine.core import EngineCore
@@ -23,7 +25,12 @@ Load = Callable[[], tuple[EngineCore, ModelInfo]]
 def make_app(load: Load, *, max_waiting: int = 1024, **config: Any) -> FastAPI:
     """The application around an engine; options of `ServerConfig` as keywords."""
     settings = ServerConfig.model_validate({"drain_delay": 0.0} | config)
-    return create_app(load, settings, [MODEL], max_waiting=max_waiting)
+
+    def load_with_one_thread() -> tuple[EngineCore, ModelInfo]:
+        torch.set_num_threads(1)  # a thread, as the engine's is, starts with a count of its own
+        return load()
+
+    return create_app(load_with_one_thread, settings, [MODEL], max_waiting=max_waiting)
 
 
 @asynccontextmanager
@@ -40,9 +47,14 @@ async def asgi_client(app: FastAPI, *, wait: bool = True) -> AsyncIterator[httpx
 
 
 @contextmanager
-def live_server(app: FastAPI) -> Iterator[str]:
-    """The application on a real socket of 127.0.0.1, in a thread; gives its URL."""
+def live_server(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str]:
+    """The application on a real socket of 127.0.0.1, in a thread; gives its URL.
+
+    `send_buffer` limits what the system keeps of an answer that is not read.
+    """
     with socket.socket() as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
         server = Server(app, host="127.0.0.1", port=0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -50,16 +62,21 @@ def live_server(app: FastAPI) -> Iterator[str]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             with httpx.Client(trust_env=False, timeout=10) as client:
-                for _ in range(2000):
-                    if _healthy(client, url):
-                        break
-                else:
-                    raise AssertionError("the server did not become healthy")
+                eventually(lambda: _healthy(client, url))
             yield url
         finally:
             server.should_exit = True
             thread.join(timeout=60)
             assert not thread.is_alive()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait for what another thread will soon make true."""
+    for _ in range(6000):
+        if holds():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never happened")
 
 
 def _healthy(client: httpx.Client, url: str) -> bool:

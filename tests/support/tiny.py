@@ -31,6 +31,10 @@ LLAMA_SHAPED: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         _GROUPED | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
+    "llama-dynamic-rope": (
+        "Llama",
+        _GROUPED | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    ),
     "llama3-rope": (
         "Llama",
         _GROUPED
@@ -66,6 +70,7 @@ LLAMA_SHAPED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 GENERIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-gelu": ("Llama", _GROUPED | {"hidden_act": "gelu"}),
     "mixtral": (
         "Mixtral",
         _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -80,6 +85,7 @@ GENERIC: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi": ("Phi", _COMMON | {"intermediate_size": 96}),
     "phi3": ("Phi3", _GROUPED | {"sliding_window": None}),
+    "phi3-sliding": ("Phi3", _GROUPED | {"sliding_window": 7}),
     "gpt2": (
         "GPT2",
         {
@@ -93,36 +99,97 @@ GENERIC: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
+    "gptj": (
+        "GPTJ",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "rotary_dim": 8,
+            "initializer_range": 0.5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     "gpt-neox": ("GPTNeoX", _COMMON | {"intermediate_size": 96}),
     "opt": (
         "OPT",
         _COMMON
         | {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.5, "do_layer_norm_before": True},
     ),
+    "opt-projected": (
+        "OPT",
+        _COMMON
+        | {
+            "ffn_dim": 96,
+            "word_embed_proj_dim": 32,
+            "init_std": 0.5,
+            "do_layer_norm_before": False,
+        },
+    ),
     "olmo2": ("Olmo2", _GROUPED),
     "stablelm": ("StableLm", _GROUPED),
     "starcoder2": ("Starcoder2", _GROUPED | {"sliding_window": 7}),
     "cohere": ("Cohere", _GROUPED | {"logit_scale": 0.5}),
+    "granite": ("Granite", _GROUPED | {"logits_scaling": 4.0}),
+    # Keys and values of different widths.
+    "deepseek-v3": (
+        "DeepseekV3",
+        _COMMON
+        | {
+            "intermediate_size": 96,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+    ),
 }
 
-# Served by nobody here, for reasons that the error names.
+# Served by nobody here; each with a pattern of the reason that the error names.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "falcon": ("Falcon", _COMMON, "attention interface"),
-    "gptj": (
-        "GPTJ",
-        {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        "attention interface",
-    ),
+    "falcon": ("Falcon", _COMMON, "not through transformers' attention interface"),
     "bloom": (
         "Bloom",
         {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4},
-        "attention interface",
+        "not through transformers' attention interface",
     ),
+    # Which of the two it is called depends on the version of `transformers`.
     "mamba": (
         "Mamba",
         {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4},
-        "state",
+        "keeps a state|layers that are not served: linear_attention",
     ),
+    "rwkv": (
+        "Rwkv",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "attention_hidden_size": 64,
+        },
+        "keeps a state",
+    ),
+    "lfm2": (
+        "Lfm2",
+        _GROUPED | {"layer_types": ["conv", "full_attention"]},
+        "layers that are not served: conv",
+    ),
+    "gpt-oss": (
+        "GptOss",
+        _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+        "computes attention with s_aux",
+    ),
+    "bert": ("Bert", _GROUPED, "other logits with paged attention"),  # sees what comes after
     "t5": (
         "T5",
         {"vocab_size": VOCAB, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 96},
@@ -135,11 +202,12 @@ FAMILIES = LLAMA_SHAPED | GENERIC
 
 def hf_model(family: str, seed: int = 0) -> Any:
     """A random Hugging Face model of a family, float32."""
-    name, values = FAMILIES[family]
+    name, values = (FAMILIES | {name: row[:2] for name, row in REFUSED.items()})[family]
     config_name = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
     config = getattr(transformers, config_name)(**values)
+    kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    return kinds[config.is_encoder_decoder].from_config(config).float().eval()
 
 
 def save(model: Any, folder: Path) -> Path:

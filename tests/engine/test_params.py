@@ -1,0 +1,148 @@
+"""Sampling parameters: who reads them, which values are neutral, how they are read."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from engine.lanes import Lanes
+from engine.logits import STAGES
+from engine.logits.pipeline import Pipeline
+from engine.params import INT64, SamplingParams
+from tests.support.logits import Spec
+
+STOPPING = ("max_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos")
+STRATEGY = ("n", "best_of")
+SAMPLER = ("seed",)
+
+
+def test_every_field_is_claimed_exactly_once() -> None:
+    stages = [name for stage in STAGES for name in stage.fields]
+    assert sorted([*stages, *STOPPING, *STRATEGY, *SAMPLER]) == sorted(SamplingParams.model_fields)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {name: field.default for name, field in SamplingParams.model_fields.items()},
+        {"top_k": -1, "top_n_sigma": 0.0},
+        {"top_p_rule": "inclusive", "penalty_prompt": False, "penalty_last_n": 5},
+        {"penalty_last_n": 0, "repetition_penalty": 2.0, "frequency_penalty": 1.0},
+        {"temperature": 0.0, "top_k": 1, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5},
+    ],
+)
+def test_neutral_values_are_wanted_by_no_stage(params: dict[str, Any]) -> None:
+    pipeline = Pipeline(STAGES, Lanes(1, 8))
+    pipeline.admit(0, Spec(params).request)
+    assert not pipeline.wanted.any()
+
+
+def test_defaults_sample_one_sequence_and_stop_nowhere() -> None:
+    params = SamplingParams()
+    assert not params.greedy
+    assert params.num_sequences == 1
+    claimed = {name: getattr(params, name) for name in (*STOPPING, *STRATEGY, *SAMPLER)}
+    assert claimed == {
+        "max_tokens": None,
+        "stop": [],
+        "stop_token_ids": [],
+        "include_stop_str_in_output": False,
+        "ignore_eos": False,
+        "n": 1,
+        "best_of": None,
+        "seed": None,
+    }
+
+
+@pytest.mark.parametrize(("temperature", "greedy"), [(0, True), (9.9e-6, True), (1e-5, False)])
+def test_a_temperature_of_practically_zero_is_greedy(temperature: float, greedy: bool) -> None:
+    assert SamplingParams(temperature=temperature).greedy == greedy
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "read"),
+    [
+        ("max_tokens", 16.0, 16),
+        ("max_tokens", None, None),
+        ("temperature", None, 1.0),
+        ("temperature", 2, 2.0),
+        ("top_k", None, 0),
+        ("seed", -INT64, -INT64),
+        ("seed", INT64 - 1, INT64 - 1),
+        ("n", 128, 128),
+        ("stop", "x", ["x"]),
+        ("stop", ["x", "y"], ["x", "y"]),
+        ("logit_bias", {"5": 3, 7: -250.0, "9": 1e300}, {5: 3.0, 7: -100.0, 9: 100.0}),
+        ("top_p", 0.0, 0.0),
+        ("min_p", 1.0, 1.0),
+        ("frequency_penalty", -2.0, -2.0),
+        ("presence_penalty", 2.0, 2.0),
+        ("penalty_last_n", -1, -1),
+    ],
+)
+def test_values_inside_the_bounds_are_read(field: str, given: object, read: object) -> None:
+    got = getattr(SamplingParams.model_validate({field: given}), field)
+    assert (got, type(got)) == (read, type(read))
+
+
+NOT_NUMBERS = [float("nan"), float("inf"), "1", True, [1]]
+NOT_INTEGERS = [*NOT_NUMBERS, 1.5, 2**63]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("max_tokens", [-1, *NOT_INTEGERS]),
+        ("min_tokens", [-1, *NOT_INTEGERS]),
+        ("stop", ["", [""], ["x"] * 65, 5, [5]]),
+        ("stop_token_ids", ["2", 2, [1.5], ["2"]]),
+        ("include_stop_str_in_output", [1, "true"]),
+        ("ignore_eos", [0, "false"]),
+        ("n", [0, 129, *NOT_INTEGERS]),
+        ("best_of", [0, 129, *NOT_INTEGERS]),
+        ("seed", [INT64, -INT64 - 1, *NOT_INTEGERS]),
+        ("logit_bias", [[], {"x": 1.0}, {"1.5": 1.0}, {"1": "1"}, {"1": float("nan")}]),
+        ("repetition_penalty", [0.0, -1.0, *NOT_NUMBERS]),
+        ("frequency_penalty", [-2.01, 2.01, *NOT_NUMBERS]),
+        ("presence_penalty", [-2.01, 2.01, *NOT_NUMBERS]),
+        ("penalty_last_n", [-2, *NOT_INTEGERS]),
+        ("penalty_prompt", [1, "true"]),
+        ("allowed_token_ids", [[], 5, [1.5], ["5"]]),
+        ("bad_words", ["x", [""], [5], ["x"] * 1025]),
+        ("no_repeat_ngram_size", [-1, *NOT_INTEGERS]),
+        ("temperature", [-0.01, 2.01, *NOT_NUMBERS]),
+        ("top_n_sigma", NOT_NUMBERS),
+        ("min_p", [-0.01, 1.01, *NOT_NUMBERS]),
+        ("top_k", [-2, *NOT_INTEGERS]),
+        ("typical_p", [0.0, 1.01, *NOT_NUMBERS]),
+        ("top_p", [-0.01, 1.01, *NOT_NUMBERS]),
+        ("top_p_rule", ["", "Strict", 1]),
+        ("epsilon_cutoff", [-0.01, 1.0, *NOT_NUMBERS]),
+        ("eta_cutoff", [-0.01, 1.0, *NOT_NUMBERS]),
+    ],
+)
+def test_other_values_are_refused_in_the_name_of_the_field(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValidationError) as caught:
+            SamplingParams.model_validate({field: value})
+        assert {error["loc"][0] for error in caught.value.errors()} == {field}, value
+
+
+@pytest.mark.parametrize(
+    ("params", "blamed"),
+    [({"n": 3, "best_of": 2}, "best_of"), ({"min_tokens": 9, "max_tokens": 8}, "min_tokens")],
+)
+def test_fields_that_disagree_are_refused_and_one_is_blamed(
+    params: dict[str, int], blamed: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SamplingParams.model_validate(params)
+    assert caught.value.errors()[0]["ctx"]["param"] == blamed
+    equal = {"n": 2, "best_of": 2, "min_tokens": 8, "max_tokens": 8}
+    assert SamplingParams.model_validate(equal).num_sequences == 2
+
+
+def test_every_field_is_described() -> None:
+    for name, field in SamplingParams.model_fields.items():
+        assert field.description, name

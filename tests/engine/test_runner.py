@@ -1,0 +1,169 @@
+"""A plan becomes tensors, copies and rows; the cache is as large as the memory granted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import runner
+from engine.attention.torch_paged import Span
+from engine.config import EngineConfig
+from engine.errors import ModelUnavailable
+from engine.models.base import KVShape
+from engine.runner import Runner, choose_device, count_blocks, free_memory
+from engine.strategies.sampling import Sampling
+from engine.text import Detokenizer, TextStream
+from engine.tokenizer import Tokenizer
+from engine.types import Chunk, Group, Plan, Sequence
+from tests.support.engines import request, scripted_core
+from tests.support.scripted import ScriptedModel
+
+
+class Recorder(ScriptedModel):
+    """Keeps what it was asked to compute."""
+
+    def forward(self, inputs: Any, cache: Any, attention: Any) -> torch.Tensor:
+        self.inputs = inputs
+        return super().forward(inputs, cache, attention)
+
+
+def chunk(tokenizer: Tokenizer, start: int, length: int, blocks: list[int]) -> Chunk:
+    """Some tokens of a sequence whose tokens are 10 × the first block + the position."""
+    ids = [10 * blocks[0] + position for position in range(start + length)]
+    stream = TextStream(Detokenizer(tokenizer, skip_special_tokens=True))
+    sequence = Sequence(0, 0, ids, len(ids), stream, num_computed=start, block_table=blocks)
+    one = request(scripted_core(ScriptedModel(), tokenizer), ids)
+    return Chunk(Group(one, Sampling(1, 1), [sequence]), sequence, start, length)
+
+
+def test_single_tokens_come_first_and_rows_are_found_by_sequence(tokenizer: Tokenizer) -> None:
+    model = Recorder()
+    chunks = [
+        chunk(tokenizer, 0, 3, [4]),
+        chunk(tokenizer, 7, 1, [1, 2]),
+        chunk(tokenizer, 4, 2, [5, 6]),
+        chunk(tokenizer, 2, 1, [3]),
+    ]
+    hidden, first_rows = Runner(model, 8, 4, "cpu").forward(Plan(chunks, []))
+
+    assert model.inputs.token_ids.tolist() == [32, 17, 40, 41, 42, 54, 55]
+    assert model.inputs.positions.tolist() == [2, 7, 0, 1, 2, 4, 5]
+    assert [first_rows[id(one.sequence)] for one in chunks] == [2, 1, 5, 0]
+    assert hidden[:, 0].tolist() == model.inputs.token_ids.tolist()
+
+
+def test_keys_are_written_where_the_block_table_says(tokenizer: Tokenizer) -> None:
+    one = Runner(Recorder(), 8, 4, "cpu")
+    one.forward(Plan([chunk(tokenizer, 0, 6, [5, 2])], []))
+    keys = one.cache[0].keys[:, 0, :, 0]
+    assert keys[5].tolist() == [50, 51, 52, 53]
+    assert keys[2].tolist() == [54, 55, 0, 0]
+    assert keys[[0, 1, 3, 4, 6, 7]].count_nonzero() == 0
+
+
+def test_blocks_are_copied_before_the_model_runs(tokenizer: Tokenizer) -> None:
+    one = Runner(Recorder(), 8, 4, "cpu")
+    one.forward(Plan([chunk(tokenizer, 0, 6, [5, 2])], []))
+    fork = chunk(tokenizer, 6, 1, [5, 3])
+    one.forward(Plan([fork], [(2, 3), (5, 7)]))
+    for cache in (one.cache[0].keys, one.cache[0].values):
+        assert cache[3, 0, :, 0].tolist() == [54, 55, 56, 0]
+        assert cache[2, 0, :, 0].tolist() == [54, 55, 0, 0]
+        assert torch.equal(cache[7], cache[5])
+
+
+def test_scrubbed_blocks_are_zero(tokenizer: Tokenizer) -> None:
+    one = Runner(Recorder(), 8, 4, "cpu")
+    one.forward(Plan([chunk(tokenizer, 0, 6, [5, 2])], []))
+    one.scrub([2])
+    assert one.cache[0].keys[2].count_nonzero() == one.cache[0].values[2].count_nonzero() == 0
+    assert one.cache[0].keys[5].count_nonzero() > 0
+
+
+class TwoLayers(ScriptedModel):
+    """Layers of different shapes: 2 x (16 + 8) and 1 x (4 + 4) numbers per token."""
+
+    kv_shapes = (KVShape(2, 16, 8), KVShape(1, 4, 4))  # type: ignore[assignment]
+
+
+TOKEN_BYTES = (48 + 8) * 4
+
+
+def test_every_layer_has_a_cache_of_its_shape() -> None:
+    first, second = Runner(TwoLayers(), 5, 4, "cpu").cache
+    assert (first.keys.shape, first.values.shape) == ((5, 2, 4, 16), (5, 2, 4, 8))
+    assert (second.keys.shape, second.values.shape) == ((5, 1, 4, 4), (5, 1, 4, 4))
+    assert first.keys.dtype == torch.float32
+    assert first.keys.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [
+        ({"kv_cache_memory": 10 * 4 * TOKEN_BYTES}, 10),
+        ({"kv_cache_memory": 11 * 4 * TOKEN_BYTES - 1}, 10),
+        ({"kv_cache_memory": "1TB", "max_num_seqs": 2}, 2 * 64),  # two full contexts of 256
+        ({"kv_cache_memory": "1TB", "max_num_seqs": 2, "max_model_len": 10}, 2 * 3),
+        ({"kv_cache_memory": "1TB", "max_num_seqs": 1, "max_model_len": 9999}, 64),
+        ({"kv_cache_fraction": 0.5, "max_num_seqs": 64}, 50),
+        ({"kv_cache_fraction": 0.25, "max_num_seqs": 64}, 25),
+    ],
+)
+def test_the_cache_is_as_large_as_granted_and_no_larger_than_useful(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], blocks: int
+) -> None:
+    monkeypatch.setattr(runner, "free_memory", lambda _device: 100 * 4 * TOKEN_BYTES)
+    config = EngineConfig.model_validate({"block_size": 4} | settings)
+    assert count_blocks(TwoLayers(), config, "cpu") == blocks
+
+
+def test_memory_for_less_than_a_block_is_an_error() -> None:
+    config = EngineConfig(block_size=4, kv_cache_memory=4 * TOKEN_BYTES - 1)
+    with pytest.raises(ModelUnavailable, match=r"--kv-cache-memory.*--block-size"):
+        count_blocks(TwoLayers(), config, "cpu")
+
+
+def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal:  900 kB\nMemAvailable:   500 kB\n",
+        "/sys/fs/cgroup/memory.max": "400000\n",
+        "/sys/fs/cgroup/memory.current": "100000\n",
+    }
+    monkeypatch.setattr(Path, "exists", lambda self: str(self) in files)
+    monkeypatch.setattr(Path, "read_text", lambda self: files[str(self)])
+    assert free_memory("cpu") == 300_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_memory("cpu") == 500 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "50000\n"
+    assert free_memory("cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "available", "device"),
+    [
+        ("auto", True, "cuda"),
+        ("auto", False, "cpu"),
+        ("cpu", True, "cpu"),
+        ("cuda:1", True, "cuda:1"),
+    ],
+)
+def test_auto_takes_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, name: str, available: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert choose_device(name) == device
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelUnavailable, match="cuda:0"):
+        choose_device("cuda:0")
+
+
+def test_block_tables_longer_than_the_context_are_not_read(tokenizer: Tokenizer) -> None:
+    one = Runner(Recorder(), 8, 4, "cpu")
+    span = Span(0, 4, [5, 2, 3])
+    assert span.context_len == 4
+    one.forward(Plan([chunk(tokenizer, 0, 4, [5, 2, 3])], []))
+    assert one.cache[0].keys[[2, 3]].count_nonzero() == 0

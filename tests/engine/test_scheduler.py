@@ -1,0 +1,523 @@
+"""What each step computes, who waits, who gives way, and what the prefix cache saves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import engine.core
+from engine.core import EngineCore
+from engine.strategies.base import Branch, Strategy, View
+from engine.tokenizer import Tokenizer
+from engine.types import Group, Plan, Sequence, Token
+from tests.support.engines import (
+    EOS,
+    Results,
+    assert_all_free,
+    collect,
+    drain,
+    record_plans,
+    request,
+    run,
+    scripted_core,
+)
+from tests.support.forking import Forking
+from tests.support.invariants import check
+from tests.support.scripted import ScriptedModel, constant
+
+MODEL = ScriptedModel(attentive=True)
+NEVER_EOS = {"logit_bias": {str(EOS): -100}}
+
+
+def core_of(tokenizer: Tokenizer, **config: Any) -> EngineCore:
+    return scripted_core(MODEL, tokenizer, **config)
+
+
+def prompt(length: int, first: int = 3) -> list[int]:
+    """Different tokens for different beginnings, all of them ordinary ones."""
+    return [3 + (first + 7 * index) % 90 for index in range(length)]
+
+
+def submit(
+    core: EngineCore, length: int, request_id: str = "r", first: int = 3, **options: Any
+) -> Group:
+    """Queue a request that does not end by itself; returns its group."""
+    core.submit(request(core, prompt(length, first), request_id, **NEVER_EOS, **options))
+    groups = [*core.scheduler.waiting, *core.scheduler.running]
+    return next(group for group in groups if group.request.request_id == request_id)
+
+
+def step(core: EngineCore, count: int = 1) -> Results:
+    """Some steps, each checked."""
+    results = Results()
+    for _ in range(count):
+        collect(results, core.step()[0])
+        check(core)
+    return results
+
+
+def lengths(plan: Plan) -> list[tuple[str, int]]:
+    """Which requests a plan computes how many tokens of."""
+    return [(chunk.group.request.request_id, chunk.length) for chunk in plan.chunks]
+
+
+# -- the budget
+
+
+def test_a_long_prompt_is_computed_in_parts_of_the_budget(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=8, max_batch_tokens=8)
+    plans = record_plans(core)
+    results = run(core, request(core, prompt(30), max_tokens=3))
+    assert [lengths(plan) for plan in plans] == [[("r", n)] for n in (8, 8, 8, 6, 1, 1)]
+    assert len(results.ids()) == 3
+
+
+def test_sequences_that_need_one_token_go_before_prompts(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=8, max_batch_tokens=8)
+    submit(core, 20, "long", first=50)
+    step(core)
+    for name in "ab":
+        submit(core, 2, name, priority=1)
+    step(core, 2)  # the long prompt ends with 4 tokens, so both begin
+    submit(core, 20, "late", first=20, priority=-1)
+    plans = record_plans(core)
+
+    step(core, 2)
+    assert lengths(plans[0]) == [("long", 1), ("a", 1), ("b", 1), ("late", 5)]
+    assert lengths(plans[1]) == [("long", 1), ("a", 1), ("b", 1), ("late", 5)]
+
+
+def test_what_is_left_of_the_budget_goes_to_those_waiting_in_order(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=8, max_batch_tokens=10)
+    for index, name in enumerate("abc"):
+        submit(core, 6, name, first=30 * index)
+    plans = record_plans(core)
+    step(core, 2)
+    assert lengths(plans[0]) == [("a", 6), ("b", 4)]
+    assert lengths(plans[1]) == [("a", 1), ("b", 2), ("c", 6)]
+
+
+# -- the queue
+
+
+def order(core: EngineCore) -> list[str]:
+    """The requests in the order in which they finish."""
+    return list(drain(core).finished)
+
+
+def test_first_come_is_first_served(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=1)
+    for name in ("a", "b", "c"):
+        submit(core, 5, name)
+    assert order(core) == ["a", "b", "c"]
+
+
+def test_a_lower_priority_number_is_served_sooner(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=1)
+    for name, priority in (("a", 1), ("b", 0), ("c", -5), ("d", 0)):
+        submit(core, 5, name, priority=priority)
+    assert order(core) == ["c", "b", "d", "a"]
+
+
+def test_a_wide_group_waits_for_lanes_and_nobody_overtakes_it(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=3)
+    submit(core, 4, "narrow", max_tokens=3)
+    submit(core, 4, "wide", n=3, max_tokens=3)
+    submit(core, 4, "behind", max_tokens=3)
+
+    step(core, 2)
+    assert [group.request.request_id for group in core.scheduler.running] == ["narrow"]
+    assert order(core) == ["narrow", "wide", "behind"]
+
+
+def test_a_request_waits_until_its_prompt_fits(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=8)
+    submit(core, 20, "first", max_tokens=8)
+    submit(core, 13, "second", first=40, max_tokens=8)
+    step(core, 3)  # the first one has 6 blocks by now, and the second would need 4
+    assert [group.request.request_id for group in core.scheduler.waiting] == ["second"]
+    results = drain(core)
+    assert list(results.finished) == ["first", "second"]
+    assert results.finished["second"].num_preemptions == 0
+
+
+def test_an_aborted_request_holds_nothing_wherever_it_was(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=1, max_batch_tokens=4)
+    submit(core, 10, "prefilling")
+    submit(core, 3, "waiting")
+    step(core)
+    core.abort("prefilling")
+    core.abort("waiting")
+    core.abort("unknown")
+    assert not core.has_work
+    assert_all_free(core)
+
+    submit(core, 3, "decoding", n=1)
+    step(core, 3)
+    core.abort("decoding")
+    assert_all_free(core)
+
+
+# -- preemption
+
+
+def test_the_last_in_the_queue_gives_way_and_gets_its_turn_again(tokenizer: Tokenizer) -> None:
+    alone = {
+        name: run(core_of(tokenizer), one).ids(name)
+        for name, one in (
+            (name, request(core_of(tokenizer), prompt(8, 30 * index), name, **NEVER_EOS))
+            for index, name in enumerate("abc")
+        )
+    }
+    core = core_of(tokenizer, num_blocks=10)
+    for index, name in enumerate("abc"):
+        submit(core, 8, name, first=30 * index)
+    results = Results()
+    waiting = []
+    while core.has_work:
+        collect(results, core.step()[0])
+        check(core)
+        waiting += [group.request.request_id for group in core.scheduler.waiting]
+    results.merge()
+
+    assert {name: results.ids(name) for name in "abc"} == alone
+    assert set(waiting) == {"c"}
+    assert results.finished["c"].num_preemptions > 0
+    assert core.scheduler.num_preemptions == results.finished["c"].num_preemptions
+    assert list(results.finished) == ["a", "b", "c"]
+
+
+def test_priority_decides_who_gives_way(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=8)
+    submit(core, 8, "patient", max_tokens=12, priority=1)
+    submit(core, 8, "urgent", first=40, max_tokens=12, priority=0)
+    results = drain(core)
+    assert list(results.finished) == ["urgent", "patient"]
+    assert results.finished["urgent"].num_preemptions == 0
+    assert results.finished["patient"].num_preemptions > 0
+
+
+def test_a_preempted_sequence_comes_back_mostly_from_the_cache(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer)
+    group = submit(core, 12, max_tokens=10)
+    step(core, 5)  # 16 tokens computed, one more sampled
+    core.scheduler._preempt(group)
+    check(core)
+    assert (group.live[0].lane, core.stats().kv_usage) == (-1, 0.0)
+
+    plans = record_plans(core)
+    step(core)
+    assert [(chunk.start, chunk.length) for chunk in plans[0].chunks] == [(16, 1)]
+
+
+def test_the_sequences_of_a_group_reach_their_ends_in_the_same_step(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, max_num_seqs=3, max_batch_tokens=4, prefix_cache=False)
+    group = submit(core, 6, n=3, temperature=1.0, seed=5, max_tokens=6)
+    step(core, 4)
+    core.scheduler._preempt(group)
+    plans = record_plans(core)  # each checked: all ends or none
+
+    before = [sequence.num_generated for sequence in group.live]
+    for _ in range(20):
+        step(core)
+        generated = [sequence.num_generated for sequence in group.live]
+        if generated != before:
+            break
+    assert generated == [count + 1 for count in before]
+    assert len(plans) > 5
+    assert len(plans[-1].chunks) == 3
+    drain(core)
+    assert_all_free(core)
+
+
+# -- forks
+
+
+@pytest.mark.parametrize(
+    ("n", "prompt_len", "copies"), [(2, 6, 1), (4, 6, 3), (4, 8, 0), (3, 1, 2)]
+)
+def test_only_a_shared_block_with_room_is_copied_and_one_writer_keeps_it(
+    tokenizer: Tokenizer, n: int, prompt_len: int, copies: int
+) -> None:
+    core = core_of(tokenizer)
+    group = submit(core, prompt_len, n=n, temperature=1.0, seed=1)
+    plans = record_plans(core)
+    step(core, 3)
+
+    assert [len(plan.copies) for plan in plans] == [0, copies, 0]
+    full = prompt_len // 4
+    tables = [sequence.block_table for sequence in group.live]
+    assert len({tuple(table[:full]) for table in tables}) == 1
+    assert len({table[full] for table in tables}) == n
+
+
+def test_choices_share_the_blocks_and_the_prefill_of_the_prompt(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer)
+    submit(core, 16, n=4, temperature=1.0, seed=1)
+    plans = record_plans(core)
+    pool = core.scheduler.pool
+
+    step(core)
+    assert (plans[0].num_tokens, pool.num_blocks - pool.num_free) == (16, 4)
+    step(core)
+    assert (plans[1].num_tokens, pool.num_blocks - pool.num_free) == (4, 8)
+
+
+class Scripted:
+    """A strategy that does at each step what a list of functions says."""
+
+    streams = False
+
+    def __init__(self, width: int, *steps: Callable[[list[Sequence]], list[Branch]]) -> None:
+        self.width = width
+        self.steps = list(steps)
+
+    def advance(self, live: list[Sequence], _view: View) -> list[Branch]:
+        return self.steps.pop(0)(live)
+
+    def rank(self, finished: list[Sequence]) -> list[Sequence]:
+        return finished
+
+
+def branch(parent: Sequence, *token_ids: int) -> Branch:
+    return Branch(parent, tuple(Token(token_id, "") for token_id in token_ids))
+
+
+def tails(group: Group) -> list[list[int]]:
+    return [sequence.token_ids[sequence.prompt_len :] for sequence in group.live]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Strategy], None]:
+    """Give requests that are submitted from now on this strategy."""
+
+    def choose(strategy: Strategy) -> None:
+        monkeypatch.setattr(engine.core, "choose", lambda _params: strategy)
+
+    return choose
+
+
+def start(live: list[Sequence]) -> list[Branch]:
+    return [branch(sequence, 10 + index) for index, sequence in enumerate(live)]
+
+
+def test_a_fork_takes_the_lane_of_one_that_is_dropped(
+    tokenizer: Tokenizer, use: Callable[[Strategy], None]
+) -> None:
+    core = core_of(tokenizer, max_num_seqs=2)
+    use(Scripted(2, start, lambda live: [branch(live[0], 20), branch(live[0], 21)]))
+    group = submit(core, 5)
+    step(core, 2)
+    assert tails(group) == [[10, 20], [10, 21]]
+    assert core.lanes.free == []
+
+
+def test_a_fork_takes_the_place_of_a_parent_that_ends(
+    tokenizer: Tokenizer, use: Callable[[Strategy], None]
+) -> None:
+    core = core_of(tokenizer, max_num_seqs=2)
+    use(
+        Scripted(
+            2,
+            start,
+            lambda live: [branch(live[0], 20), branch(live[1], 21), branch(live[0], EOS)],
+            lambda live: [branch(live[1], EOS), branch(live[0], EOS), branch(live[0], 30)],
+            lambda live: [branch(live[0], EOS)],
+        )
+    )
+    group = submit(core, 5)
+    step(core, 2)
+    assert tails(group) == [[10, 20], [11, 21]]
+    results = step(core)
+    assert tails(group) == [[10, 20, 30]]
+    assert results.deltas == []
+
+    results = drain(core).merge()
+    assert [results.ids(index=index) for index in range(4)] == [
+        [10, EOS],
+        [11, 21, EOS],
+        [10, 20, EOS],
+        [10, 20, 30, EOS],
+    ]
+    assert results.finished["r"].completion_tokens == 2 + 3 + 3 + 4
+    assert results.finished["r"].longest_tokens == 4
+    assert_all_free(core)
+
+
+def test_live_sequences_keep_the_order_of_the_branches(
+    tokenizer: Tokenizer, use: Callable[[Strategy], None]
+) -> None:
+    core = core_of(tokenizer)
+    use(
+        Scripted(
+            4,
+            start,
+            lambda live: [
+                branch(live[2], 20),
+                branch(live[0], 21),
+                branch(live[2], 22, 23),
+                branch(live[1], 24),
+            ],
+        )
+    )
+    group = submit(core, 5)
+    step(core, 2)
+    assert tails(group) == [[12, 20], [10, 21], [12, 22, 23], [11, 24]]
+
+
+def test_a_branch_of_several_tokens_is_computed_before_the_group_goes_on(
+    tokenizer: Tokenizer, use: Callable[[Strategy], None]
+) -> None:
+    core = core_of(tokenizer, max_num_seqs=2, max_batch_tokens=3)
+    use(
+        Scripted(
+            2,
+            start,
+            lambda live: [branch(live[0], 20, 21, 22, 23, 24, 25), branch(live[1], 26)],
+            lambda live: [branch(sequence, EOS) for sequence in live],
+        )
+    )
+    submit(core, 3)
+    plans = record_plans(core)
+    results = drain(core)
+    assert results.ids() == [10, 20, 21, 22, 23, 24, 25, EOS]
+    assert results.ids(index=1) == [11, 26, EOS]
+    assert [plan.num_tokens for plan in plans] == [3, 2, 3, 2, 2]
+    assert_all_free(core)
+
+
+def dropping_all(_live: list[Sequence]) -> list[Branch]:
+    return []
+
+
+def beyond_its_width(live: list[Sequence]) -> list[Branch]:
+    return [branch(live[0], 20 + index) for index in range(3)]
+
+
+def of_a_stranger(live: list[Sequence]) -> list[Branch]:
+    stranger = Sequence(0, 0, [1], 1, live[0].stream.fork())
+    return [branch(live[0], 20), branch(stranger, 21)]
+
+
+@pytest.mark.parametrize("bad", [dropping_all, beyond_its_width, of_a_stranger])
+def test_branches_that_cannot_be_fail_their_request_and_leave_nothing_behind(
+    tokenizer: Tokenizer,
+    use: Callable[[Strategy], None],
+    bad: Callable[[list[Sequence]], list[Branch]],
+) -> None:
+    core = core_of(tokenizer, max_num_seqs=4)
+    submit(core, 6, "good")
+    use(Scripted(2, start, bad))
+    submit(core, 6, "bad", first=40)
+    results = drain(core)
+    assert set(results.failed) == {"bad"}
+    assert len(results.ids("good")) == 8
+    assert_all_free(core)
+
+
+def test_forks_go_on_from_what_their_parent_has_in_the_cache(
+    tokenizer: Tokenizer, use: Callable[[Strategy], None]
+) -> None:
+    core = core_of(tokenizer, max_num_seqs=4)
+    use(Forking(4, 4, MODEL.vocab_size))
+    submit(core, 5, temperature=1.0, seed=3, max_tokens=12)
+    plans = record_plans(core)
+    while core.has_work:
+        step(core)
+    assert sum(len(plan.copies) for plan in plans) > 5
+    assert_all_free(core)
+
+
+# -- the prefix cache
+
+
+def test_a_second_prompt_takes_its_beginning_from_the_cache(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer)
+    first = run(core, request(core, prompt(11), "first", max_tokens=1))
+    plans = record_plans(core)
+    second = run(core, request(core, [*prompt(9), 77, 78], "second", max_tokens=1))
+
+    assert first.finished["first"].cached_tokens == 0
+    assert second.finished["second"].cached_tokens == 8
+    assert plans[0].num_tokens == 3
+    stats = core.stats()
+    assert (stats.cache_queries, stats.cache_hits) == (22, 8)
+
+
+def test_generated_tokens_are_cached_too(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer)
+    submit(core, 6, max_tokens=8)
+    ids = drain(core).ids()
+    results = run(core, request(core, [*prompt(6), *ids, 5], "next"))
+    assert results.finished["next"].cached_tokens == 12  # the last token was never computed
+
+
+@pytest.mark.parametrize(("length", "cached"), [(8, 4), (9, 8), (4, 0), (1, 0)])
+def test_the_last_token_of_a_prompt_is_always_computed(
+    tokenizer: Tokenizer, length: int, cached: int
+) -> None:
+    core = core_of(tokenizer)
+    run(core, request(core, prompt(length), "first"))
+    plans = record_plans(core)
+    again = run(core, request(core, prompt(length), "again", max_tokens=1))
+    assert again.finished["again"].cached_tokens == cached
+    assert plans[0].num_tokens == length - cached
+
+
+def test_only_requests_of_equal_salt_share(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer)
+    cached = {
+        name: run(core, request(core, prompt(9), name, cache_salt=salt)).finished[name]
+        for name, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x"), ("e", ""))
+    }
+    assert [cached[name].cached_tokens for name in "abcde"] == [0, 0, 0, 8, 8]
+
+
+def test_prompt_logprobs_are_computed_not_cached_but_fill_the_cache(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer)
+    run(core, request(core, prompt(9), "first"))
+    results = run(core, request(core, prompt(9), "scored", prompt_logprobs=0))
+    assert results.finished["scored"].cached_tokens == 0
+    assert len(results.choices["scored", 0].prompt) == 9
+
+    other = core_of(tokenizer)
+    run(other, request(other, prompt(9), "scored", prompt_logprobs=0))
+    assert run(other, request(other, prompt(9))).finished["r"].cached_tokens == 8
+
+
+def test_the_cache_can_be_off(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, prefix_cache=False)
+    for name in "ab":
+        assert run(core, request(core, prompt(9), name)).finished[name].cached_tokens == 0
+    assert core.stats().cache_hits == 0
+    assert core.scheduler.pool.by_hash == {}
+
+
+def test_under_pressure_the_end_of_an_old_prompt_goes_before_its_beginning(
+    tokenizer: Tokenizer,
+) -> None:
+    core = core_of(tokenizer, num_blocks=8)
+    run(core, request(core, prompt(17), "old", max_tokens=1))  # 4 full blocks, and one started
+    run(core, request(core, prompt(20, first=40), "new", max_tokens=1))  # 3 unused, 2 of the old
+    again = run(core, request(core, prompt(17), "again", max_tokens=1))
+    assert again.finished["again"].cached_tokens == 12
+
+
+def test_a_request_beside_another_with_the_same_prompt_takes_what_is_there(
+    tokenizer: Tokenizer,
+) -> None:
+    core = core_of(tokenizer, max_num_seqs=4, max_batch_tokens=8)
+    submit(core, 16, "first")
+    step(core)
+    submit(core, 16, "second")
+    step(core, 2)
+    results = drain(core)
+    assert results.finished["second"].cached_tokens == 12
+    assert len(results.ids("second")) == 8
+
+
+def test_every_row_without_a_valid_token_frees_its_place(tokenizer: Tokenizer) -> None:
+    nothing = scripted_core(ScriptedModel(constant([float("-inf")] * 128)), tokenizer)
+    results = run(nothing, request(nothing, prompt(5), n=2))
+    assert [results.choices["r", index].stop_reason for index in range(2)] == ["no_valid_token"] * 2
+    assert_all_free(nothing)

@@ -1,0 +1,219 @@
+"""What each token is in bytes, for the kinds of tokenizers there are."""
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from engine.errors import InvalidRequest, ModelUnavailable
+from engine.text import Detokenizer
+from engine.tokenizer import Tokenizer
+from tests.support import tiny
+
+TEXTS = [
+    "then in the end",
+    "  two spaces, a\ttab\nand lines\n\n",
+    "é and é, € and 😀",
+    " begins with a space",
+    "",
+]
+REAL_TEXTS = [
+    *TEXTS,
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # comment\n",
+    "日本語とひらがな、漢字。한국어 עברית العربية ไทย",
+    "👩‍🚀👨‍👩‍👧‍👦 🇩🇪 ﬁ ½ ½ \u200d\ufeff\u2028 naïve Åse",
+    "The quick brown fox jumps over the lazy dog. " * 20,
+    "".join(chr(code) for code in range(0x20, 0x250)),
+]
+
+
+def joined(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of all tokens' bytes."""
+    return b"".join(tokenizer.bytes_of(token_id) for token_id in ids).decode()
+
+
+def one_by_one(tokenizer: Tokenizer, ids: list[int], skip: bool = False) -> str:
+    """The text as it comes out of the detokenizer."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+    return "".join(detokenizer.feed(token_id) for token_id in ids) + detokenizer.flush()
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Words behind "▁", bytes for what is in no word: the way of SentencePiece, as in Llama 2."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    for token in ("▁", "a", "b", "t", "h", "e", "n", "▁▁", "th", "▁a", "▁th", "▁the", "en", "é"):
+        vocab[token] = len(vocab)
+    merges = [("▁", "▁"), ("t", "h"), ("▁", "a"), ("▁", "th"), ("▁th", "e"), ("e", "n")]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    folder = tmp_path_factory.mktemp("fallback")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_byte_level_tokens_are_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert joined(tokenizer, ids) == one_by_one(tokenizer, ids) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_byte_fallback_tokens_are_the_text(fallback: Tokenizer, text: str) -> None:
+    ids = fallback.encode(text, add_special_tokens=False)
+    # The space put before the first word is no part of the text.
+    assert joined(fallback, ids) == " " + text if text else joined(fallback, ids) == ""
+    assert one_by_one(fallback, ids) == fallback.decode(ids) == text
+
+
+def test_single_bytes_are_single_bytes(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    for byte in range(256):
+        assert fallback.bytes_of(3 + byte) == bytes((byte,))
+    euro = tokenizer.encode("€")
+    assert [tokenizer.bytes_of(token_id) for token_id in euro] == [b"\xe2", b"\x82", b"\xac"]
+    assert [tokenizer.text_of(token_id) for token_id in euro] == ["\ufffd"] * 3
+
+
+def test_words_keep_the_space_before_them(fallback: Tokenizer) -> None:
+    ids = fallback.encode("then a the", add_special_tokens=False)
+    assert [fallback.text_of(token_id) for token_id in ids] == [" the", "n", " a", " the"]
+    assert fallback.strips_first_space
+
+
+def test_byte_level_text_may_begin_with_a_space(tokenizer: Tokenizer) -> None:
+    assert not tokenizer.strips_first_space
+
+
+def test_special_tokens_are_their_own_text(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    assert tokenizer.special == {0: "<pad>", 1: "<s>", 2: "</s>"}
+    assert fallback.special == {0: "<unk>", 1: "<s>", 2: "</s>"}
+    ids = [1, *fallback.encode("a then", add_special_tokens=False), 2]
+    assert one_by_one(fallback, ids, skip=True) == fallback.decode(ids, skip_special_tokens=True)
+    assert fallback.bytes_of(2) == b"</s>"
+
+
+def test_ids_without_a_token_are_empty(tokenizer: Tokenizer) -> None:
+    assert tokenizer.size == tiny.VOCAB
+    assert tokenizer.bytes_of(tiny.VOCAB + 7) == b""
+
+
+def test_a_begin_token_is_put_first_only_where_the_tokenizer_does(
+    tokenizer: Tokenizer, fallback: Tokenizer
+) -> None:
+    assert fallback.adds_bos
+    assert fallback.encode("a")[0] == fallback.bos_id == 1
+    assert fallback.encode("a", add_special_tokens=False)[0] != 1
+    assert not tokenizer.adds_bos
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_padding_and_truncation_asked_for_in_the_file_are_off(tmp_path: Path) -> None:
+    wrapped = tiny.tokenizer()
+    wrapped.backend_tokenizer.enable_truncation(4)
+    wrapped.backend_tokenizer.enable_padding(length=64, pad_id=0)
+    wrapped.save_pretrained(tmp_path)
+    assert '"truncation": null' not in (tmp_path / "tokenizer.json").read_text()
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("then in the end")) == "then in the end"
+
+
+def test_a_decoder_that_does_neither_is_asked_what_a_token_adds(tmp_path: Path) -> None:
+    vocab = {"[UNK]": 0, "a": 1, "un": 2, "##want": 3, "##ed": 4, "b": 5}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]"
+    ).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert [tokenizer.bytes_of(token_id) for token_id in (3, 4, 5)] == [b"want", b"ed", b" b"]
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable) as raised:
+        Tokenizer(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# -- chat templates
+
+
+MESSAGES = [{"role": "user", "content": "in the end"}]
+
+
+def test_messages_become_a_prompt(tokenizer: Tokenizer) -> None:
+    assert tokenizer.render_chat(MESSAGES, add_generation_prompt=True) == (
+        "user: in the end\nassistant: "
+    )
+    template = "{{ greeting }}{{ messages[0]['content'] }}"
+    text = tokenizer.render_chat(MESSAGES, {"greeting": "hi "}, chat_template=template)
+    assert text == "hi in the end"
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "param"),
+    [
+        ("{{ raise_exception('not so') }}", {}, "messages"),
+        ("{{ messages[7]['content'].x }}", {}, "messages"),
+        ("{% broken", {}, "messages"),
+        ("x", {"tokenize": True}, "chat_template_kwargs.tokenize"),
+        ("x", {"conversation": []}, "chat_template_kwargs.conversation"),
+    ],
+)
+def test_a_template_that_refuses_is_the_requests_fault(
+    tokenizer: Tokenizer, template: str, variables: dict[str, object], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        tokenizer.render_chat(MESSAGES, variables, chat_template=template)
+    assert raised.value.param == param
+
+
+def test_a_model_without_a_template_says_where_to_go(fallback: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="/v1/completions"):
+        fallback.render_chat(MESSAGES)
+
+
+# -- real ones
+
+
+@pytest.fixture(scope="module", params=["real_folder", "gemma_folder"])
+def real(request: pytest.FixtureRequest) -> Tokenizer:
+    """A byte-level tokenizer and one with byte fallback."""
+    return Tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", REAL_TEXTS, ids=range(len(REAL_TEXTS)))
+def test_the_bytes_of_real_tokens_are_the_text(real: Tokenizer, text: str) -> None:
+    ids = real.encode(text, add_special_tokens=False)
+    assert joined(real, ids) == one_by_one(real, ids) == real.decode(ids) == text
+
+
+@pytest.mark.slow
+def test_every_real_token_has_the_bytes_that_it_adds_to_a_text(real: Tokenizer) -> None:
+    anchor = real.encode("x", add_special_tokens=False)[-1]
+    before = len(real.decode([anchor]))
+    for token_id in range(0, real.size, 7):
+        assert real.text_of(token_id) == real.decode([anchor, token_id])[before:]

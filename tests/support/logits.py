@@ -1,0 +1,255 @@
+"""Rows of logits and the sequences behind them, for tests of the pipeline without an engine."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.pipeline import Pipeline, dense, run_filters
+from engine.logits.stage import Stage, Transform
+from engine.numerics import NEG_INF
+from engine.params import SamplingParams
+from engine.types import Request, Rows
+
+ROW_A = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+DIST_P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05]).log()
+END = 2  # the end-of-sequence token of every sequence here
+
+# Values of each field that a stage reads, the extreme ones included. No list of allowed tokens
+# leaves out token 5, the only one that some rows of `hard_rows` have.
+EXAMPLES: dict[str, list[Any]] = {
+    "logit_bias": [{0: 1.5, 5: -100.0}, {300: 100.0}, dict.fromkeys(range(50), -0.25)],
+    "repetition_penalty": [1.3, 0.6, 1.0, 2.5],
+    "frequency_penalty": [0.5, -2.0, 2.0, 0.0],
+    "presence_penalty": [0.0, 1.5, -0.5],
+    "penalty_last_n": [-1, 1, 3, 7, 2**63 - 1],
+    "penalty_prompt": [True, False],
+    "allowed_token_ids": [[5], [0, 5, 9], [*range(0, 600, 3), 5, 5]],
+    "min_tokens": [1, 4, 2**63 - 1],
+    "bad_words": [["5"], ["6 7"], ["3 4 5", "8"], ["4", "3 4"]],
+    "no_repeat_ngram_size": [1, 2, 3, 50, 2**63 - 1],
+    "temperature": [0.5, 0.0, 1e-5, 1.7, 2.0],
+    "top_n_sigma": [1.0, 0.01, 3.0, 1e-300, 1e300],
+    "min_p": [0.05, 0.5, 1.0, 1e-300],
+    "top_k": [1, 3, 50, 400, 2**63 - 1],
+    "typical_p": [0.2, 0.95, 0.999, 1e-300],
+    "top_p": [0.0, 0.3, 0.9, 0.999, 1e-300],
+    "top_p_rule": ["strict", "inclusive"],
+    "epsilon_cutoff": [3e-4, 0.02, 0.999, 1e-300],
+    "eta_cutoff": [3e-4, 0.02, 0.999, 1e-300],
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sequence: its sampling parameters and its tokens so far.
+
+    A word of `bad_words` is spelled by its token ids: "6 7".
+    """
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    prompt: Sequence[int] = (1,)
+    output: Sequence[int] = ()
+    seed: int = 0
+    logprobs: int | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *self.output]
+
+    @property
+    def request(self) -> Request:
+        params = SamplingParams.model_validate(dict(self.params))
+        return Request(
+            request_id="r",
+            prompt_ids=tuple(self.prompt),
+            params=params,
+            max_tokens=100,
+            seed=self.seed,
+            logprobs=self.logprobs,
+            eos_token_ids=frozenset({END}),
+            stop_tokens={token_id: token_id for token_id in params.stop_token_ids},
+            bad_word_ids=tuple(tuple(map(int, word.split())) for word in params.bad_words),
+        )
+
+
+class Admits(Protocol):
+    """A stage, a pipeline or a sampler."""
+
+    def admit(self, lane: int, request: Request) -> Any: ...
+
+
+def place(lanes: Lanes, lane: int, spec: Spec, *parts: Admits) -> None:
+    """Give a sequence a lane and tell the parts about it."""
+    lanes.write(lane, spec.tokens, len(spec.prompt), spec.seed)
+    for part in parts:
+        part.admit(lane, spec.request)
+
+
+def lanes_for(specs: Sequence[Spec], vocab_size: int) -> tuple[Lanes, list[int]]:
+    """Lanes, and one for each sequence, in no order.
+
+    They are full of tokens of earlier owners.
+    """
+    generator = torch.Generator().manual_seed(len(specs))
+    lanes = Lanes(len(specs) + 3, max((len(spec.tokens) for spec in specs), default=0) + 2)
+    lanes.tokens.random_(0, vocab_size, generator=generator)
+    return lanes, torch.randperm(lanes.num_lanes, generator=generator)[: len(specs)].tolist()
+
+
+def rows_of(specs: Iterable[Spec], lane_ids: list[int]) -> Rows:
+    """The rows of a step in which each of these sequences gets a token."""
+    return Rows.build(lane_ids, [len(spec.tokens) - 1 for spec in specs], "cpu")
+
+
+def apply(stage: type[Stage], specs: Sequence[Spec], logits: Tensor) -> Tensor:
+    """What a stage makes of these sequences' rows, all in one batch, wanted or not."""
+    lanes, lane_ids = lanes_for(specs, logits.shape[1])
+    one = stage(lanes)
+    for lane, spec in zip(lane_ids, specs, strict=True):
+        place(lanes, lane, spec, one)
+    return run_stage(one, logits, rows_of(specs, lane_ids))
+
+
+def process(stages: Sequence[type[Stage]], specs: Sequence[Spec], logits: Tensor) -> Tensor:
+    """What a pipeline makes of these sequences' rows, all in one batch."""
+    lanes, lane_ids = lanes_for(specs, logits.shape[1])
+    pipeline = Pipeline(stages, lanes)
+    for lane, spec in zip(lane_ids, specs, strict=True):
+        place(lanes, lane, spec, pipeline)
+    return run_pipeline(pipeline, specs, logits, lane_ids)
+
+
+def run_stage(stage: Stage, logits: Tensor, rows: Rows) -> Tensor:
+    """The rows [R, V] after one stage, -inf where a token was dropped."""
+    if isinstance(stage, Transform):
+        return stage.apply(logits.clone(), rows)
+    return dense(run_filters([stage], logits, rows))
+
+
+def run_pipeline(
+    pipeline: Pipeline, specs: Sequence[Spec], logits: Tensor, lane_ids: list[int]
+) -> Tensor:
+    """The rows [R, V] after all stages, -inf where a token was dropped."""
+    rows = rows_of(specs, lane_ids)
+    logits = pipeline.transform(logits, rows)
+    drawn = [row for row, spec in enumerate(specs) if not spec.request.params.greedy]
+    if not drawn:
+        return logits
+    index = torch.tensor(drawn)
+    filtered = dense(pipeline.filter(logits[index], rows.select(drawn, index)))
+    return logits.index_copy(0, index, filtered)
+
+
+def one_row(stage: type[Stage], logits: Tensor, **params: Any) -> Tensor:
+    """What a stage makes of a single row [V] of a sequence with these parameters."""
+    return apply(stage, [Spec(params)], logits[None])[0]
+
+
+def kept(row: Tensor) -> set[int]:
+    """The tokens that are still possible."""
+    ids: list[int] = (row > NEG_INF).nonzero().squeeze(1).tolist()
+    return set(ids)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The representation of float32 numbers, which tells 0 from -0."""
+    return x.view(torch.int32)
+
+
+@contextmanager
+def several_threads() -> Iterator[None]:
+    """More threads than tests usually have: torch divides work among them by its size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_rows(count: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """Rows from nearly flat to peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.tensor([0.2, 1.0, 3.0, 8.0]).repeat(-(-count // 4))[:count]
+    return torch.randn(count, vocab_size, generator=generator) * scales[:, None]
+
+
+def hard_rows(vocab_size: int) -> Tensor:
+    """Rows at which filters may stumble: ties, a single token, huge and tiny numbers."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.zeros(9, vocab_size)
+    rows[1] = torch.randint(0, 3, (vocab_size,), generator=generator).float()
+    rows[2] = NEG_INF
+    rows[2, 5] = -7.0
+    rows[3] = NEG_INF
+    rows[3, [0, 5, vocab_size - 1]] = 1.5
+    rows[4] = torch.randn(vocab_size, generator=generator)
+    rows[4, ::7] = 3e38
+    rows[4, ::11] = -3e38
+    rows[5] = 1e-42 * torch.randn(vocab_size, generator=generator)
+    rows[6] = -0.0
+    rows[7] = torch.linspace(80.0, -80.0, vocab_size)
+    rows[8] = torch.where(torch.rand(vocab_size, generator=generator) < 0.9, NEG_INF, rows[7])
+    rows[8, 5] = 0.1
+    return rows
+
+
+def examples(fields: Iterable[str], count: int) -> list[dict[str, Any]]:
+    """Parameter sets of example values, drawn at random."""
+    names = list(fields)
+    return [
+        {name: rng.choice(EXAMPLES[name]) for name in names}
+        for rng in (random.Random(index) for index in range(count))
+    ]
+
+
+def histories(count: int, longest: int = 12) -> list[tuple[list[int], list[int]]]:
+    """Prompts and outputs of a few tokens, so that all of them recur."""
+    rng = random.Random(0)
+    return [
+        (rng.choices(range(3, 10), k=rng.randint(1, longest)), rng.choices(range(3, 10), k=length))
+        for length in (rng.randint(0, longest) for _ in range(count))
+    ]
+
+
+def assert_filters_like(
+    stage: type[Stage],
+    field_name: str,
+    values: Sequence[float],
+    oracle: Callable[[float, Tensor], Tensor],
+    vocab_size: int,
+    **others: Any,
+) -> None:
+    """Hundreds of rows in one batch, each at its own value, equal what an oracle does to each.
+
+    `oracle` gets a value and a row [1, V]. Left out are rows whose answer hangs on rounding: those
+    with ties, and those where the oracle keeps other tokens in float64 when the value and the row
+    are a little smaller or larger. One row is neutral.
+    """
+    logits = random_rows(320, vocab_size)
+    values = [values[row // 4 % len(values)] for row in range(len(logits))]
+    specs = [Spec({field_name: value} | others) for value in values]
+    specs[17] = Spec()
+
+    got = apply(stage, specs, logits)
+
+    assert torch.equal(bits(got[17]), bits(logits[17]))
+    num_compared = 0
+    for row, (value, scores) in enumerate(zip(values, logits, strict=True)):
+        want = oracle(value, scores[None])
+        around = [
+            oracle(value * factor, scores[None].double() * scale)
+            for factor in (1 - 1e-5, 1 + 1e-5)
+            for scale in (1 - 1e-6, 1 + 1e-6)
+        ]
+        steady = all(kept(other[0]) == kept(want[0]) for other in around)
+        if row != 17 and steady and len(scores.unique()) == vocab_size:
+            torch.testing.assert_close(got[row], want[0], rtol=0, atol=0)
+            num_compared += 1
+    assert num_compared > 200
