@@ -12,7 +12,7 @@ from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.errors import EngineError, GenerationFailed
 from engine.lanes import Lanes
-from engine.logits import STAGES
+from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.models.base import Model
 from engine.numerics import scanned
@@ -37,6 +37,7 @@ from engine.types import (
     StepStats,
     Token,
 )
+from engine.vocabulary import Vocabulary
 
 _PROMPT_ROWS_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs
 _PROMPT_ROWS = 256
@@ -65,8 +66,9 @@ class EngineCore:
         self.mode = config.logprobs_mode
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runner = Runner(model, num_blocks, config.block_size, device)
-        self.lanes = Lanes(config.max_num_seqs, context_len, device)
-        self.sampler = Sampler(self.lanes, Pipeline(STAGES, self.lanes), self.mode)
+        vocabulary = Vocabulary(lambda: [tokenizer.text_of(i) for i in range(self.vocab_size)])
+        self.lanes = Lanes(config.max_num_seqs, context_len, device, vocabulary)
+        self.sampler = Sampler(self.lanes, Pipeline(STAGES, self.lanes, ORDERS), self.mode)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             self.lanes,

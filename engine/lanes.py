@@ -6,11 +6,14 @@ lanes, so nothing moves when requests come and go.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.types import Rows
+from engine.vocabulary import Vocabulary
 
 
 class Column:
@@ -20,6 +23,10 @@ class Column:
         self.values = torch.full((num_lanes,), neutral, dtype=dtype, device=device)
 
     def __setitem__(self, lane: int, value: float) -> None:
+        """Write a lane's value; one too large for the column's type counts as the largest."""
+        if self.values.is_floating_point():
+            largest = torch.finfo(self.values.dtype).max
+            value = min(max(value, -largest), largest)
         self.values[lane] = value
 
     def at(self, rows: Rows) -> Tensor:
@@ -66,8 +73,12 @@ class Ragged:
 
     def at(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """The rows' entries: row [N], token id [N], values [N, W]."""
+        return self.of(rows.lanes)
+
+    def of(self, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of lanes [R], as `at`."""
         row_of_lane = torch.full((self.num_lanes,), -1, device=self.lanes.device)
-        row_of_lane[rows.lanes] = torch.arange(len(rows), device=self.lanes.device)
+        row_of_lane[lanes] = torch.arange(len(lanes), device=self.lanes.device)
         row = row_of_lane[self.lanes]
         wanted = row >= 0
         return row[wanted], self.token_ids[wanted], self.values[wanted]
@@ -81,17 +92,27 @@ class Lanes:
     """Which lanes are taken, the token history of each, and the stages' columns.
 
     `tokens` [L, C] int32 holds prompt and output, `prompt_lengths` and `seeds` [L] int64 what
-    they say. Written by the scheduler only: on admission, fork and append.
+    they say; `lengths` on the host is how many tokens a lane began with. Written by the scheduler
+    only: on admission, fork and append. `vocabulary` is for stages that look at texts.
     """
 
-    def __init__(self, num_lanes: int, context_len: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        num_lanes: int,
+        context_len: int,
+        device: str = "cpu",
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self.num_lanes = num_lanes
         self.device = device
+        self.vocabulary = vocabulary or Vocabulary(lambda: ())
+        self.lengths = [0] * num_lanes
         self.free = list(range(num_lanes - 1, -1, -1))
         self.tokens = torch.zeros(num_lanes, context_len, dtype=torch.int32, device=device)
         self.prompt_lengths = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         self._forks: list[Callable[[int, int], None]] = []
+        self._states: list[Column] = []
 
     def column(self, dtype: torch.dtype, neutral: float) -> Column:
         """A new value per lane; a fork copies it."""
@@ -105,6 +126,35 @@ class Lanes:
         self._forks.append(ragged.fork)
         return ragged
 
+    def flags(self) -> NDArray[np.bool_]:
+        """A new yes or no per lane, on the host; a fork copies it."""
+        flags = np.zeros(self.num_lanes, dtype=bool)
+
+        def copy(parent: int, child: int) -> None:
+            flags[child] = flags[parent]
+
+        self._forks.append(copy)
+        return flags
+
+    def on_fork(self, copy: Callable[[int, int], None]) -> None:
+        """Have `copy(parent, child)` called at each fork."""
+        self._forks.append(copy)
+
+    def state(self, dtype: torch.dtype, neutral: float) -> Column:
+        """A column that a stage changes as tokens are drawn: it outlives a preemption."""
+        column = self.column(dtype, neutral)
+        self._states.append(column)
+        return column
+
+    def save(self, lane: int) -> list[float]:
+        """What `restore` needs to give a sequence its state back in another lane."""
+        return [float(column.values[lane]) for column in self._states]
+
+    def restore(self, lane: int, state: list[float]) -> None:
+        """After `write`, and after the stages have admitted the sequence."""
+        for column, value in zip(self._states, state, strict=True):
+            column[lane] = value
+
     def take(self) -> int:
         """A free lane. What stages keep there is the last owner's until they admit a new one."""
         return self.free.pop()
@@ -117,6 +167,7 @@ class Lanes:
         self.tokens[lane, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int32)
         self.prompt_lengths[lane] = prompt_len
         self.seeds[lane] = seed
+        self.lengths[lane] = len(token_ids)
 
     def append(self, lanes: list[int], positions: list[int], token_ids: list[int]) -> None:
         """Add tokens to several lanes' histories, in one write."""
@@ -129,5 +180,6 @@ class Lanes:
         self.tokens[child] = self.tokens[parent]
         self.prompt_lengths[child] = self.prompt_lengths[parent]
         self.seeds[child] = self.seeds[parent]
+        self.lengths[child] = self.lengths[parent]
         for copy in self._forks:
             copy(parent, child)

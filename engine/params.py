@@ -40,6 +40,13 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _pair(value: object) -> object:
+    """A list of two, which strict pydantic does not take for a tuple."""
+    if value is None or (isinstance(value, list) and len(value) == 2):
+        return None if value is None else tuple(value)
+    raise PydanticCustomError("invalid_type", "Input should be a list of two numbers")
+
+
 def _bias_by_token_id(value: object) -> object:
     if not isinstance(value, dict):
         return value
@@ -65,7 +72,9 @@ def _clamped(biases: dict[int, float]) -> dict[int, float]:
 TokenId = Annotated[int, BeforeValidator(_integral)]
 Integer = Annotated[TokenId, AfterValidator(_fits)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Warmth = Annotated[Number, Field(gt=0.0, le=2.0)]
 NonEmptyStr = Annotated[str, StringConstraints(min_length=1)]
+BreakerStr = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 
 
 class StrictModel(BaseModel):
@@ -194,6 +203,46 @@ class SamplingParams(StrictModel):
         default=True, description="The repetition penalty also sees the prompt."
     )
 
+    dry_multiplier: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="DRY: a token that would extend a repetition of m tokens loses "
+        "multiplier · base^(m - allowed length) (Weidmann et al., 2026, arXiv:2608.22761). 0: off.",
+        examples=[0.8],
+    )
+    dry_base: Number = Field(default=1.75, ge=1.0, description="DRY: see `dry_multiplier`.")
+    dry_allowed_length: Integer = Field(
+        default=2, ge=1, description="DRY: shorter repetitions cost nothing."
+    )
+    dry_penalty_last_n: Integer = Field(
+        default=-1,
+        ge=-1,
+        description="DRY sees only this many of the latest tokens: -1 all, 0 none.",
+    )
+    dry_sequence_breakers: list[BreakerStr] = Field(
+        default=["\n", ":", '"', "*"],
+        max_length=256,
+        description="DRY: strings that no repetition crosses, and that are not penalised.",
+        examples=[["\n"]],
+    )
+    eos_length_penalty: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="Subtract this · max(0, 1 - t / `eos_length_window`) from end-of-sequence and "
+        "stop tokens after t output tokens, against early ends (after Zhu et al., 2023, "
+        "arXiv:2310.14971).",
+        examples=[4.0],
+    )
+    eos_length_window: Integer = Field(default=100, ge=1, description="See `eos_length_penalty`.")
+    exponential_decay_length_penalty: Annotated[
+        tuple[Integer, Number] | None, BeforeValidator(_pair)
+    ] = Field(
+        default=None,
+        description="[start, factor], as in transformers: after `start` output tokens, raise "
+        "end-of-sequence tokens by |z| · (factor^(t - start) - 1).",
+        examples=[[20, 1.05]],
+    )
+
     # -- bans
     allowed_token_ids: list[TokenId] | None = Field(
         default=None,
@@ -226,6 +275,35 @@ class SamplingParams(StrictModel):
         "token (the lowest id of equals), and leave out the filters below.",
         examples=[0.7],
     )
+    dynatemp_range: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="Let the temperature move this far up and down with the entropy's part of its "
+        "maximum (llama.cpp). 0: off.",
+        examples=[0.5],
+    )
+    dynatemp_exponent: Number = Field(
+        default=1.0, gt=0.0, description="Raise that part to this power first."
+    )
+    edt_theta: Number | None = Field(
+        default=None,
+        gt=0.0,
+        description="Multiply the temperature by `edt_base`^(this / entropy): colder where the "
+        "model is sure (Zhang et al., 2024, arXiv:2403.14541).",
+        examples=[0.1],
+    )
+    edt_base: Number = Field(default=0.8, gt=0.0, lt=1.0, description="See `edt_theta`.")
+    adapt_temperature: Annotated[tuple[Warmth, Warmth] | None, BeforeValidator(_pair)] = Field(
+        default=None,
+        description="[hot, cold]: temperatures for the first token of an indented line, and for "
+        "all others (Zhu et al., 2023, arXiv:2309.02772). Instead of `temperature`.",
+        examples=[[0.8, 0.6]],
+    )
+    sampler_order: Literal["vllm", "hf", "llama.cpp"] = Field(
+        default="vllm",
+        description="The order of temperature and filters: that of vLLM, of transformers, or of "
+        "llama.cpp, whose temperature comes last.",
+    )
     top_n_sigma: Number = Field(
         default=-1.0,
         description="Keep tokens whose logit is within this many standard deviations of the "
@@ -254,6 +332,30 @@ class SamplingParams(StrictModel):
         description="Keep the tokens of about average surprise that together have this "
         "probability (Meister et al., 2022, arXiv:2202.00666).",
         examples=[0.95],
+    )
+    tfs: Number = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Tail-free sampling: cut where the sorted curve of probabilities has done this "
+        "part of its bending (Phénix and Egan, 2019). 1: off.",
+        examples=[0.95],
+    )
+    top_a: Number = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="Drop tokens less likely than this times the square of the best one's "
+        "probability (text-generation-webui). 0: off.",
+        examples=[0.2],
+    )
+    top_h: Number | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="Keep likely tokens while they hold no more than this part of the entropy of "
+        "the 100 likeliest (Baghaei Potraghloo et al., 2025, arXiv:2509.02510).",
+        examples=[0.4],
     )
     top_p: Number = Field(
         default=1.0,
@@ -284,6 +386,32 @@ class SamplingParams(StrictModel):
         examples=[0.0006],
     )
 
+    mirostat: Integer = Field(
+        default=0,
+        ge=0,
+        le=2,
+        description="Mirostat 1 or 2: hold the surprise of the output near a target, instead of "
+        "the filters above (Basu et al., 2020, arXiv:2007.14966). 0: off.",
+        examples=[2],
+    )
+    mirostat_tau: Number = Field(
+        default=5.0, gt=0.0, description="Mirostat: the target, in bits per token."
+    )
+    mirostat_eta: Number = Field(
+        default=0.1, gt=0.0, description="Mirostat: how fast the limit follows."
+    )
+    xtc_probability: Number = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="XTC: how often all tokens above the threshold but the least likely of them "
+        "are dropped, so that the obvious is not always chosen (text-generation-webui). 0: never.",
+        examples=[0.5],
+    )
+    xtc_threshold: Number = Field(
+        default=0.1, ge=0.0, le=1.0, description="XTC: the threshold; above 0.5 nothing is dropped."
+    )
+
     @property
     def greedy(self) -> bool:
         """Is the likeliest token taken, with no draw?"""
@@ -304,7 +432,44 @@ class SamplingParams(StrictModel):
                 "min_tokens",
                 self,
             )
+        for name, others in EXCLUDES.items():
+            both = [other for other in others if self.asks(name) and self.asks(other)]
+            if both:
+                raise PydanticCustomError(
+                    "incompatible_parameters",
+                    "{name} and {other} cannot be combined",
+                    {"name": name, "other": both[0], "param": name},
+                )
         return self
+
+    def asks(self, name: str) -> bool:
+        """Does a field ask for anything? Some values besides the default do not."""
+        value = getattr(self, name)
+        if name in ("top_k", "top_n_sigma"):
+            return bool(value > 0)
+        return bool(value != type(self).model_fields[name].default)
+
+
+TRUNCATION = (
+    "top_n_sigma",
+    "min_p",
+    "top_k",
+    "typical_p",
+    "tfs",
+    "top_a",
+    "top_h",
+    "top_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "xtc_probability",
+)
+
+# What cannot be asked for together: a field, and those it goes without.
+EXCLUDES: dict[str, tuple[str, ...]] = {
+    "mirostat": TRUNCATION,
+    "adapt_temperature": ("temperature", "dynatemp_range", "edt_theta"),
+    "edt_theta": ("dynatemp_range",),
+}
 
 
 def clash(template: str, param: str, model: BaseModel) -> PydanticCustomError:

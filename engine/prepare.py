@@ -93,6 +93,7 @@ def prepare(
         eos_token_ids=info.eos_token_ids,
         stop_tokens=stop_tokens,
         stop_strings=tuple(params.stop),
+        dry_breaker_ids=tuple(_breaker_ids(params, tokenizer)),
         bad_word_ids=tuple(_bad_word_ids(params.bad_words, tokenizer, ends)),
         skip_special_tokens=output.skip_special_tokens,
         stream=output.stream,
@@ -164,6 +165,13 @@ def _max_tokens(
 
 def _width_field(params: SamplingParams) -> str:
     return "n" if params.best_of is None else "best_of"
+
+
+def _breaker_ids(params: SamplingParams, tokenizer: Tokenizer) -> Iterable[tuple[int, ...]]:
+    """The tokens of each sequence breaker."""
+    if params.dry_multiplier > 0.0:
+        for breaker in params.dry_sequence_breakers:
+            yield tuple(tokenizer.encode(breaker, add_special_tokens=False))
 
 
 def _bad_word_ids(

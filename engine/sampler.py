@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.config import LogprobsMode
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
-from engine.logits.pipeline import Pipeline, dense
+from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, scan, scanned
 from engine.rng import Domain, gumbel, uniform
 from engine.types import Request, Rows
@@ -87,20 +87,20 @@ class Sampler:
                 part if bool(usable.all()) else torch.where(usable[index].unsqueeze(1), part, 0.0)
             )
             its = rows if everyone else rows.select(drawn, index)
-            groups = self.pipeline.filter(safe, its)
-            tokens = self._draw(groups, its)
+            parts = self.pipeline.filter(safe, its)
+            tokens = self._draw(parts, len(drawn))
             chosen[index] = torch.where(usable[index], tokens, chosen[index])
             if not self.mode.raw and self._wanting(rows):
-                processed = logits.index_copy(0, index, dense(groups))
+                processed = logits.index_copy(0, index, dense(parts, safe))
         return Samples(chosen.tolist(), self._report(raw, processed, chosen, rows))
 
-    def _draw(self, groups: list[tuple[list[int] | None, Candidates]], rows: Rows) -> Tensor:
-        """A token of each row, [R] int64; later groups of candidates replace earlier ones."""
-        seeds, positions = self.lanes.seeds[rows.lanes], rows.positions
-        (_, candidates), *others = groups
-        tokens = draw(candidates, seeds, positions)
-        for subset, again in others:
-            tokens[subset] = draw(again, seeds[subset], positions[subset])
+    def _draw(self, parts: list[Filtered], count: int) -> Tensor:
+        """A token of each row, [R] int64."""
+        tokens = torch.zeros(count, dtype=torch.int64, device=parts[0].candidates.raw.device)
+        for part in parts:
+            drawn = draw(part.candidates, self.lanes.seeds[part.rows.lanes], part.rows.positions)
+            tokens[slice(None) if part.subset is None else part.subset] = drawn
+            self.pipeline.observe(part, drawn)
         return tokens
 
     def _wanting(self, rows: Rows) -> list[int]:

@@ -195,9 +195,12 @@ class Scheduler:
         lane = sequence.lane = self.lanes.take()
         self.lanes.write(lane, sequence.token_ids, sequence.prompt_len, sequence.seed)
         self.sampler.admit(lane, group.request)
+        if sequence.state:
+            self.lanes.restore(lane, sequence.state)
 
     def _preempt(self, group: Group) -> None:
         for sequence in group.live:
+            sequence.state = self.lanes.save(sequence.lane)
             self._free(sequence)
         self.running.remove(group)
         self.waiting.append(group)

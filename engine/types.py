@@ -47,6 +47,7 @@ class Request:
     stop_tokens: Mapping[int, int | str] = field(default_factory=dict)  # id -> its stop_reason
     stop_strings: tuple[str, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    dry_breaker_ids: tuple[tuple[int, ...], ...] = ()
     skip_special_tokens: bool = True
     stream: bool = False  # deliver as text appears, not once at the end
     priority: int = 0  # lower is sooner
@@ -136,6 +137,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     lane: int = -1
+    state: list[float] = field(default_factory=list)  # of stages, while there is no lane
     cumulative_logprob: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -214,6 +216,7 @@ class Rows:
     """
 
     host_lanes: list[int]
+    host_positions: list[int]
     max_len: int  # of the longest sequence
     lanes: Tensor  # [R] int64
     positions: Tensor  # [R] int64
@@ -221,7 +224,7 @@ class Rows:
     @classmethod
     def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":
         both = torch.tensor([lanes, positions], dtype=torch.int64, device=device)
-        return cls(lanes, max(positions, default=-1) + 1, both[0], both[1])
+        return cls(lanes, positions, max(positions, default=-1) + 1, both[0], both[1])
 
     def __len__(self) -> int:
         return len(self.host_lanes)
@@ -230,6 +233,7 @@ class Rows:
         """Only the given rows; `index` is `subset` on the device."""
         return Rows(
             [self.host_lanes[row] for row in subset],
+            [self.host_positions[row] for row in subset],
             self.max_len,
             self.lanes[index],
             self.positions[index],

@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
 from engine.models.source import config_names, locate
 from server import __version__
-from server.settings import OPTIONS, BadOption, flag, resolve, variable
+from server.settings import OPTIONS, BadOption, Settings, flag, resolve, variable
 
 _DEFAULT_MODEL = EngineConfig.model_fields["model"].default
 _TITLES = {"engine": "running the model", "server": "answering requests"}
@@ -36,13 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command == "pull":
             print(locate(settings.engine.model, settings.source).fetch())
         else:
-            from server.run import serve
-
-            sys.exit(serve(settings))
+            sys.exit(_import_serve()(settings))
     except (BadOption, ModelUnavailable) as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _import_serve() -> Callable[[Settings], int]:
+    """Imported only now: torch takes seconds."""
+    try:
+        from server.run import serve
+    except ValueError as error:  # a variable that is read on import
+        raise BadOption(str(error)) from error
+    return serve
 
 
 def _fail(message: str) -> int:

@@ -1,8 +1,8 @@
 """Our own C++ kernels for the CPU, compiled when the package is installed, if a compiler is there.
 
 They run in the OpenMP threads that torch has already started: the library is linked against none,
-and finds torch's when it is loaded after it. LOGITMILL_KERNELS chooses what is used: `auto`, `off`,
-or the vector width to stay within, 0, 256 or 512.
+and finds torch's when it is loaded after it. The variable LOGITMILL_KERNELS chooses what is used:
+`auto`, `off`, or the vector width in bits to stay within.
 """
 
 import ctypes
@@ -232,8 +232,13 @@ def _rows(logits: Tensor) -> Any:
     return ctypes.byref(Rows(logits.data_ptr(), logits.shape[0], logits.shape[1], logits.stride(0)))
 
 
+CHOICES = ("auto", "off", "0", "256", "512")
+
+
 def _load() -> Library | None:
     wanted = os.environ.get("LOGITMILL_KERNELS", "auto")
+    if wanted not in CHOICES:
+        raise ValueError(f"LOGITMILL_KERNELS must be one of {', '.join(CHOICES)}, got {wanted!r}")
     if wanted == "off":
         return None
     for suffix in EXTENSION_SUFFIXES:

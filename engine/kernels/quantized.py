@@ -54,6 +54,8 @@ class Groups:
 
 def stacked(parts: Sequence[Groups]) -> Groups:
     """Weights above one another; 8 bits if they have different ones."""
+    if len(parts) == 1:
+        return parts[0]
     if len({part.bits for part in parts}) > 1:
         parts = [part if part.bits == 8 else Groups.of(part.floats()) for part in parts]
     return Groups(

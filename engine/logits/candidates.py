@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.numerics import NEG_INF, best, deviation, summarise
 
 WIDTH = 256
+_COLDEST = 1e-4  # below this temperature the likeliest token is taken
 
 
 class Candidates:
@@ -30,6 +31,8 @@ class Candidates:
         self.tail = torch.full(rows, self.width < raw.shape[1], device=raw.device)
         self.unsure = torch.zeros(rows, dtype=torch.bool, device=raw.device)
         self._logits: Tensor | None = None
+        self._whole = torch.ones(rows, dtype=torch.bool, device=raw.device)  # nothing dropped yet
+        self._cold: Tensor | None = None  # [R] bool: where a temperature near 0 was asked for
 
     @cached_property
     def _best(self) -> tuple[Tensor, Tensor]:
@@ -88,37 +91,60 @@ class Candidates:
         return (self.logits.double() - self.total).exp_().float()
 
     @property
+    def count(self) -> Tensor:
+        """How many tokens are left, [R, 1] int64."""
+        own = self.alive.sum(1, keepdim=True)
+        if not self._may_be_whole:
+            return own
+        whole = (self.raw > NEG_INF).sum(1, keepdim=True)
+        return torch.where(self._whole.unsqueeze(1), whole, own)
+
+    @property
     def deviation(self) -> Tensor:
         """The population standard deviation of the logits, [R, 1]."""
         own = deviation(self.logits)
-        if not self._may_have_tail:
+        if not self._may_be_whole:
             return own
         whole = deviation(self.raw) / self.temperature.unsqueeze(1)
-        return torch.where(self.tail.unsqueeze(1), whole, own)
+        return torch.where(self._whole.unsqueeze(1), whole, own)
 
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor]:
+        # Candidates without the rest of their row do not say what the rest adds.
+        self.unsure |= self.tail & ~self._whole
         own = summarise(self.logits, torch.ones_like(self.temperature))
-        if not self._may_have_tail:
+        if not self._may_be_whole:
             return own
-        # Where the tail is left, so is every candidate: `drop` is for the end of the pipeline.
-        whole = summarise(self.raw, self.temperature)
-        tail = self.tail.unsqueeze(1)
-        return torch.where(tail, whole[0], own[0]), torch.where(tail, whole[1], own[1])
+        everything = summarise(self.raw, self.temperature)
+        whole = self._whole.unsqueeze(1)
+        return torch.where(whole, everything[0], own[0]), torch.where(whole, everything[1], own[1])
 
     @property
-    def _may_have_tail(self) -> bool:
+    def _may_be_whole(self) -> bool:
         # Asking a GPU would mean waiting for it.
-        return self.width < self.raw.shape[1] and (not self.raw.is_cpu or bool(self.tail.any()))
+        return not self.raw.is_cpu or bool(self._whole.any())
 
     # -- changes
 
     def divide(self, temperature: Tensor) -> None:
-        """Divide all logits by a temperature, [R, 1]."""
+        """Divide all logits by a temperature, [R, 1].
+
+        One below 0.0001 means that the likeliest token is taken, by `settle`.
+        """
+        cold = temperature.squeeze(1) < _COLDEST
+        self._cold = cold if self._cold is None else self._cold | cold
+        temperature = temperature.clamp(min=_COLDEST)
         if self._logits is not None:
             self._logits = _scaled(self._logits, temperature)
         self.temperature = self.temperature * temperature.squeeze(1)
         self._forget()
+
+    def settle(self) -> None:
+        """After the last filter: only the likeliest token stays where the temperature is near 0."""
+        if self._cold is not None and bool(self._cold.any()):
+            first = self.alive.cumsum(1) <= 1
+            cold = self._cold.unsqueeze(1)
+            self.keep(first, active=cold, inside=torch.ones_like(cold))
 
     def keep(self, mask: Tensor, active: Tensor, inside: Tensor) -> None:
         """Drop candidates outside `mask` [R, K], and the tail, in the rows `active` [R, 1].
@@ -128,14 +154,20 @@ class Candidates:
         active = active.squeeze(1)
         self.unsure |= active & self.tail & ~inside.squeeze(1)
         self.tail &= ~active
-        self.drop(~mask & active.unsqueeze(1))
+        self._whole &= ~active
+        self._drop(~mask & active.unsqueeze(1))
 
     def keep_above(self, floor: Tensor, active: Tensor) -> None:
         """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
         self.keep(self.logits >= floor, active, inside=self.least < floor)
 
-    def drop(self, mask: Tensor) -> None:
-        """Drop some candidates [R, K]; the tail stays as it is."""
+    def drop(self, mask: Tensor, sure: Tensor) -> None:
+        """Drop some candidates [R, K] and nothing of the tail, if that is `sure` [R, 1]."""
+        self.unsure |= self.tail & ~sure.squeeze(1)
+        self._whole &= ~mask.any(1)
+        self._drop(mask)
+
+    def _drop(self, mask: Tensor) -> None:
         self._logits = self.logits.masked_fill(mask, NEG_INF)
         self._forget()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.history import History
+from engine.logits.counts import TokenCounts
 from engine.logits.stage import Transform
 from engine.types import Request, Rows
 
@@ -30,11 +30,10 @@ class Penalties(Transform):
     )
 
     def __init__(self, lanes: Lanes) -> None:
-        self.lanes = lanes
         self.repetition = lanes.column(torch.float32, neutral=1.0)
         self.frequency = lanes.column(torch.float32, neutral=0.0)
         self.presence = lanes.column(torch.float32, neutral=0.0)
-        self.last_n = lanes.column(torch.int64, neutral=-1)
+        self.counts = TokenCounts(lanes)
         self.prompt = lanes.column(torch.bool, neutral=True)
 
     def admit(self, lane: int, request: Request) -> bool:
@@ -43,7 +42,7 @@ class Penalties(Transform):
         self.repetition[lane] = min(max(params.repetition_penalty, 1e-30), 1e30)
         self.frequency[lane] = params.frequency_penalty
         self.presence[lane] = params.presence_penalty
-        self.last_n[lane] = params.penalty_last_n
+        self.counts.start(lane, params.penalty_last_n)
         self.prompt[lane] = params.penalty_prompt
         return params.penalty_last_n != 0 and (
             params.repetition_penalty != 1.0
@@ -52,17 +51,11 @@ class Penalties(Transform):
         )
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        history = History.of(self.lanes, rows)
-        last_n = self.last_n.at(rows)
-        window = (last_n < 0) | (history.index >= history.lengths - last_n)
-        generated = window & history.generated
-        seen = torch.where(self.prompt.at(rows), window & history.written, generated)
-        seen = history.count(seen, logits.shape[1]) > 0
-        counts = history.count(generated, logits.shape[1])
-
-        scores = logits.gather(1, history.ids)
+        ids, seen, generated = self.counts.at(rows, logits.shape[1])
+        scores = logits.gather(1, ids)
         theta = self.repetition.at(rows)
         penalised = torch.where(scores > 0, scores / theta, scores * theta)
-        scores = torch.where(seen, penalised, scores)
-        lowered = scores - self.frequency.at(rows) * counts - self.presence.at(rows)
-        return logits.scatter_(1, history.ids, torch.where(counts > 0, lowered, scores))
+        repeated = torch.where(self.prompt.at(rows), seen, generated) > 0
+        scores = torch.where(repeated, penalised, scores)
+        lowered = scores - self.frequency.at(rows) * generated - self.presence.at(rows)
+        return logits.scatter_(1, ids, torch.where(generated > 0, lowered, scores))

@@ -1,6 +1,7 @@
 """Run on each row the stages it wants, all rows in one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,18 +14,41 @@ from engine.numerics import NEG_INF, scan
 from engine.types import Request, Rows
 
 
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """Some rows after their filters, `subset` of those given; None: all of them."""
+
+    subset: list[int] | None
+    rows: Rows
+    candidates: Candidates
+
+
 class Pipeline:
     """The stages and which lanes want them.
 
     First transforms, on the logits of the rows that want any of them; other rows cost nothing and
     cannot change. Then, for sampled rows, temperature and filters, on their candidates. A stage
     runs if one of the rows wants it. All this is decided on the host.
+
+    `orders` are other orders of the filters, by the name that a request gives as `sampler_order`.
     """
 
-    def __init__(self, stages: Sequence[type[Stage]], lanes: Lanes) -> None:
+    def __init__(
+        self,
+        stages: Sequence[type[Stage]],
+        lanes: Lanes,
+        orders: Mapping[str, Sequence[type[Stage]]] | None = None,
+    ) -> None:
         self.stages = [stage(lanes) for stage in stages]
         self.wanted = np.zeros((len(stages), lanes.num_lanes), dtype=bool)
-        self._transforms = np.array([isinstance(stage, Transform) for stage in self.stages])
+        self.transforms = [i for i, stage in enumerate(self.stages) if isinstance(stage, Transform)]
+        filters = [i for i, stage in enumerate(self.stages) if isinstance(stage, Filter)]
+        self.orders = [filters]
+        self._order_names: list[str | None] = [None]
+        for name, order in (orders or {}).items():
+            self._order_names.append(name)
+            self.orders.append([stages.index(stage) for stage in order])
+        self._order_of = np.zeros(lanes.num_lanes, dtype=np.int64)
 
     def admit(self, lane: int, request: Request) -> None:
         """Give every stage the lane's parameters."""
@@ -32,35 +56,58 @@ class Pipeline:
             wanted = stage.admit(lane, request)
             skipped = isinstance(stage, Filter) and request.params.greedy
             self.wanted[index, lane] = wanted and not skipped
+        name = request.params.sampler_order
+        self._order_of[lane] = self._order_names.index(name) if name in self._order_names else 0
 
     def fork(self, parent: int, child: int) -> None:
         self.wanted[:, child] = self.wanted[:, parent]
+        self._order_of[child] = self._order_of[parent]
 
     def transform(self, logits: Tensor, rows: Rows) -> Tensor:
         """Biases, penalties and bans over logits [R, V] float32, which are only read.
 
         A row that comes out all -inf has no valid token.
         """
-        wanted = self.wanted[:, rows.host_lanes] & self._transforms[:, None]
+        wanted = self.wanted[np.ix_(self.transforms, rows.host_lanes)]
         subset: list[int] = np.flatnonzero(wanted.any(axis=0)).tolist()
         if not subset:
             return logits
-        stages = [self.stages[index] for index in np.flatnonzero(wanted.any(axis=1))]
+        stages = self._wanted_of(self.transforms, rows)
         if len(subset) == len(rows):
             return run_transforms(stages, logits.clone(), rows)
         index = torch.tensor(subset, dtype=torch.int64, device=logits.device)
         part = run_transforms(stages, logits[index], rows.select(subset, index))
         return logits.index_copy(0, index, part)
 
-    def filter(self, logits: Tensor, rows: Rows) -> list[tuple[list[int] | None, Candidates]]:
+    def filter(self, logits: Tensor, rows: Rows) -> list[Filtered]:
         """Temperature and filters over sampled rows, each with a finite entry.
 
-        The candidates of most rows come first; rows whose filters had to see the whole vocabulary
-        come again with it, and with their indices.
+        Rows of equal order share a pass. Rows whose filters had to see the whole vocabulary come
+        again, and what comes later counts.
         """
-        wanted = self.wanted[:, rows.host_lanes] & ~self._transforms[:, None]
-        stages = [self.stages[index] for index in np.flatnonzero(wanted.any(axis=1))]
-        return run_filters(stages, logits, rows)
+        order_of = self._order_of[rows.host_lanes]
+        present: list[int] = np.unique(order_of).tolist()
+        if len(present) == 1:
+            return run_filters(self._wanted_of(self.orders[present[0]], rows), logits, rows)
+        parts: list[Filtered] = []
+        for order in present:
+            subset: list[int] = np.flatnonzero(order_of == order).tolist()
+            index = torch.tensor(subset, device=logits.device)
+            its = rows.select(subset, index)
+            for part in run_filters(self._wanted_of(self.orders[order], its), logits[index], its):
+                inner = subset if part.subset is None else [subset[i] for i in part.subset]
+                parts.append(Filtered(inner, part.rows, part.candidates))
+        return parts
+
+    def observe(self, part: Filtered, tokens: Tensor) -> None:
+        """Tell the filters that want to know which tokens [R] were drawn."""
+        for stage in self._wanted_of(self.orders[0], part.rows):
+            assert isinstance(stage, Filter)
+            stage.observe(part.candidates, part.rows, tokens)
+
+    def _wanted_of(self, order: Sequence[int], rows: Rows) -> list[Stage]:
+        wanted = set(np.flatnonzero(self.wanted[:, rows.host_lanes].any(axis=1)).tolist())
+        return [self.stages[index] for index in order if index in wanted]
 
 
 def run_transforms(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> Tensor:
@@ -79,28 +126,30 @@ def run_transforms(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> Tenso
     return logits
 
 
-def run_filters(
-    stages: Sequence[Stage], logits: Tensor, rows: Rows
-) -> list[tuple[list[int] | None, Candidates]]:
+def run_filters(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> list[Filtered]:
     """Run filters in order, and again on the whole vocabulary of the rows that need it."""
     candidates = Candidates(logits)
     _run(stages, candidates, rows)
-    result: list[tuple[list[int] | None, Candidates]] = [(None, candidates)]
+    parts = [Filtered(None, rows, candidates)]
     unsure: list[int] = candidates.unsure.nonzero().flatten().tolist() if candidates.ranked else []
     if unsure:
         index = torch.tensor(unsure, device=logits.device)
         again = Candidates(logits[index], width=logits.shape[1])
-        _run(stages, again, rows.select(unsure, index))
-        result.append((unsure, again))
-    return result
+        its = rows.select(unsure, index)
+        _run(stages, again, its)
+        parts.append(Filtered(unsure, its, again))
+    return parts
 
 
-def dense(groups: list[tuple[list[int] | None, Candidates]]) -> Tensor:
-    """What `run_filters` has made of the logits, [R, V] float32, -inf where dropped."""
-    (_, candidates), *others = groups
-    logits = candidates.dense()
-    for subset, again in others:
-        logits[subset] = again.dense()
+def dense(parts: Sequence[Filtered], like: Tensor) -> Tensor:
+    """What filters have made of logits [R, V], -inf where dropped."""
+    logits = torch.empty_like(like)
+    for part in parts:
+        whole = part.candidates.dense()
+        if part.subset is None:
+            logits = whole
+        else:
+            logits[part.subset] = whole
     return logits
 
 
@@ -108,3 +157,4 @@ def _run(stages: Sequence[Stage], candidates: Candidates, rows: Rows) -> None:
     for stage in stages:
         assert isinstance(stage, Filter)
         stage.apply(candidates, rows)
+    candidates.settle()

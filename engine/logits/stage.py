@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Stage:
     """One method, applied over the whole batch with each row's own parameters.
 
-    A stage keeps its parameters in columns of `lanes` and no memory per sequence: what it needs
-    of the past it reads from the token history. So forks and preemption need no bookkeeping here.
-    It is a `Transform` or a `Filter`.
+    A stage keeps its parameters in columns of `lanes`. What it needs of the past it reads from the
+    token history, or keeps beside it and finds again after a preemption, so forks and preemption
+    need no bookkeeping here. It is a `Transform` or a `Filter`.
     """
 
     fields: ClassVar[tuple[str, ...]]  # the SamplingParams fields it reads
@@ -54,3 +54,6 @@ class Filter(Stage):
     def apply(self, candidates: "Candidates", rows: Rows) -> None:
         """Scale or drop candidates. Neutral rows stay as they are, rows do not depend on others."""
         raise NotImplementedError
+
+    def observe(self, candidates: "Candidates", rows: Rows, tokens: Tensor) -> None:
+        """See the tokens [R] drawn from candidates that all filters have been through."""

@@ -21,10 +21,8 @@ class TopNSigma(Filter):
         self.sigmas = lanes.column(torch.float32, neutral=0.0)
 
     def admit(self, lane: int, request: Request) -> bool:
-        # Beyond float32 nothing can be dropped, and torch would refuse the number.
-        wanted = 0 < request.params.top_n_sigma <= torch.finfo(torch.float32).max
-        self.sigmas[lane] = request.params.top_n_sigma if wanted else 0.0
-        return wanted
+        self.sigmas[lane] = max(request.params.top_n_sigma, 0.0)
+        return request.params.top_n_sigma > 0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         sigmas = self.sigmas.at(rows)

@@ -1,5 +1,6 @@
 """Llama, SmolLM2, Mistral, Qwen2 and Qwen3: Hugging Face's configs and names to ours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,23 +131,31 @@ def _layer(
     """One layer's weights; `inner` is the width of its feed-forward."""
     width, head_dim = config.hidden_size, config.head_dim
     q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    # Queries and keys are turned by position, values are not.
-    turned = [paired(torch.arange(rows), head_dim) for rows in (q, kv)]
-    orders = [*turned, torch.arange(kv)]
 
-    def product(columns: int, parts: dict[str, int], orders: list[Tensor] | None = None) -> Product:
-        names = [f"{prefix}{part}_proj" for part in parts]
-        orders = [torch.arange(rows) for rows in parts.values()] if orders is None else orders
-        shapes = [(rows, columns) for rows in parts.values()]
-        bias = None
-        if f"{names[0]}.bias" in weights:
-            each = zip(names, shapes, orders, strict=True)
-            bias = torch.cat([weights.take(f"{n}.bias", s[:1])[order] for n, s, order in each])
-        each = zip(names, shapes, orders, strict=True)
-        if library is not None:
-            groups = [weights.groups(f"{n}.weight", s).reordered(order) for n, s, order in each]
-            return QuantizedLinear(library, stacked(groups), bias)
-        return Linear(torch.cat([weights.take(f"{n}.weight", s)[o] for n, s, o in each]), bias)
+    def product(columns: int, parts: dict[str, int], turned: Sequence[str] = ()) -> Product:
+        """One linear of several of the checkpoint's; the rows of those `turned` are paired."""
+        orders = {
+            part: paired(torch.arange(rows), head_dim)
+            for part, rows in parts.items()
+            if part in turned
+        }
+
+        def tensors(suffix: str, *shape: int) -> Tensor:
+            each = []
+            for part, rows in parts.items():
+                tensor = weights.take(f"{prefix}{part}_proj.{suffix}", (rows, *shape))
+                each.append(tensor[orders[part]] if part in orders else tensor)
+            return torch.cat(each)
+
+        has_bias = f"{prefix}{next(iter(parts))}_proj.bias" in weights
+        bias = tensors("bias") if has_bias else None
+        if library is None:
+            return Linear(tensors("weight", columns), bias)
+        groups = []
+        for part, rows in parts.items():
+            one = weights.groups(f"{prefix}{part}_proj.weight", (rows, columns))
+            groups.append(one.reordered(orders[part]) if part in orders else one)
+        return QuantizedLinear(library, stacked(groups), bias)
 
     def head_norm(name: str) -> Tensor | None:
         norm = weights.maybe(f"{prefix}self_attn.{name}.weight", (head_dim,))
@@ -154,7 +163,12 @@ def _layer(
 
     return DecoderLayer(
         attention_norm=weights.take(f"{prefix}input_layernorm.weight", (width,)),
-        qkv=product(width, {"self_attn.q": q, "self_attn.k": kv, "self_attn.v": kv}, orders),
+        qkv=product(
+            width,
+            {"self_attn.q": q, "self_attn.k": kv, "self_attn.v": kv},
+            # Queries and keys are turned by position, values are not.
+            turned=("self_attn.q", "self_attn.k"),
+        ),
         out=product(q, {"self_attn.o": width}),
         mlp_norm=weights.take(f"{prefix}post_attention_layernorm.weight", (width,)),
         gate_up=product(width, {"mlp.gate": inner, "mlp.up": inner}),

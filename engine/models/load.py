@@ -46,7 +46,8 @@ def load_model(
     With `quantize`, a Llama-shaped decoder on a CPU with our kernels multiplies by weights of 8
     bits, or of 4 where the checkpoint has them; `dtype` is then the cache's alone.
     """
-    library = native.LIBRARY if quantize and device == "cpu" else None
+    kernels_can = device == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    library = native.LIBRARY if quantize and kernels_can else None
     if llama.fits(config):
         between = dtype if library is None else torch.float32
         return llama.load(config, Weights(folder, between, device), dtype, library)

@@ -5,15 +5,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from engine.lanes import Lanes
 from engine.logits import STAGES
 from engine.logits.pipeline import Pipeline
 from engine.params import INT64, SamplingParams
-from tests.support.logits import Spec
+from tests.support.logits import Spec, new_lanes
 
 STOPPING = ("max_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos")
 STRATEGY = ("n", "best_of")
-SAMPLER = ("seed",)
+SAMPLER = ("seed", "sampler_order")
 
 
 def test_every_field_is_claimed_exactly_once() -> None:
@@ -33,7 +32,7 @@ def test_every_field_is_claimed_exactly_once() -> None:
     ],
 )
 def test_neutral_values_are_wanted_by_no_stage(params: dict[str, Any]) -> None:
-    pipeline = Pipeline(STAGES, Lanes(1, 8))
+    pipeline = Pipeline(STAGES, new_lanes(1, 8))
     pipeline.admit(0, Spec(params).request)
     assert not pipeline.wanted.any()
 
@@ -52,6 +51,7 @@ def test_defaults_sample_one_sequence_and_stop_nowhere() -> None:
         "n": 1,
         "best_of": None,
         "seed": None,
+        "sampler_order": "vllm",
     }
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from engine.config import LogprobsMode
 from engine.errors import GenerationFailed
-from engine.lanes import Lanes
 from engine.logits import STAGES
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline
@@ -26,6 +25,7 @@ from tests.support.logits import (
     Spec,
     kept,
     lanes_for,
+    new_lanes,
     place,
     process,
     random_rows,
@@ -119,7 +119,8 @@ def test_where_a_tail_is_left_the_draw_is_one_of_the_whole_row() -> None:
     logits = random_rows(40, 700)
     seeds, positions = torch.arange(40), torch.arange(40)
     candidates = Candidates(logits, 20)
-    candidates.drop(torch.arange(20) < 2)
+    everywhere = torch.ones(40, 1, dtype=torch.bool)
+    candidates.drop(torch.arange(20).expand(40, -1) < 2, sure=everywhere)
     dense = candidates.dense()
     assert (dense > NEG_INF).sum(1).tolist() == [698] * 40
     got = draw_candidates(candidates, seeds, positions)
@@ -329,7 +330,7 @@ def test_best_of_scores_its_sequences_unasked() -> None:
 
 
 def test_a_fork_samples_like_its_parent_and_a_reused_lane_like_its_owner() -> None:
-    lanes = Lanes(2, 4)
+    lanes = new_lanes(2, 4)
     sampler = Sampler(lanes, Pipeline(STAGES, lanes), LogprobsMode.RAW_LOGPROBS)
     logits = random_rows(2, 300)[1].expand(2, -1).contiguous()
     drawn = naive(logits[0], 5, 0)

@@ -5,6 +5,7 @@ import math
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -262,7 +263,7 @@ ACCEPTED = [
     for value in (*row.good, *([] if row.name in ("prompt", "messages") else [None]))
 ]
 VALUES = [(p, row, _as_bad(value)) for row in ROWS for p in row.paths for value in row.values]
-TYPES = [(p, row, _as_bad(value)) for row in ROWS for p in row.paths for value in row.types]
+TYPES = [(p, row) for row in ROWS for p in row.paths if row.types]
 
 
 def names(cases: list[tuple[str, Row, Any]]) -> list[str]:
@@ -301,13 +302,14 @@ def test_a_value_outside_the_range_is_named_with_its_bound(
         assert f"got {json.dumps(bad.value)}" in error["message"] or "needs" in error["message"]
 
 
-@pytest.mark.parametrize(("path", "row", "bad"), TYPES, ids=names(TYPES))
-def test_a_wrong_type_is_named(client: httpx.Client, path: str, row: Row, bad: Bad) -> None:
-    response = client.post(path, json=BASE[path] | row.also | {row.name: bad.value})
+@pytest.mark.parametrize(("path", "row"), TYPES, ids=[f"{p}-{row.name}" for p, row in TYPES])
+def test_a_wrong_type_is_named(client: httpx.Client, path: str, row: Row) -> None:
+    for bad in map(_as_bad, row.types):
+        response = client.post(path, json=BASE[path] | row.also | {row.name: bad.value})
 
-    error = refusal(response, 400)
-    assert (error["param"], error["code"]) == (bad.param or row.name, "invalid_type")
-    assert row.name in error["message"]
+        error = refusal(response, 400)
+        assert (error["param"], error["code"]) == (bad.param or row.name, "invalid_type"), bad
+        assert row.name in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -325,19 +327,13 @@ def test_a_number_too_large_for_a_float_is_refused(
 INTEGERS = sorted({(path, row.name) for row in ROWS for path in row.paths if 1.5 in row.types})
 
 
-@pytest.mark.parametrize(
-    "number",
-    [INT64, -INT64 - 1, 10**4200, 1e300],
-    ids=["2^63", "below -2^63", "4201 digits", "1e300"],
-)
 @pytest.mark.parametrize(("path", "name"), INTEGERS)
-def test_an_integer_beyond_64_bits_is_refused(
-    client: httpx.Client, path: str, name: str, number: float
-) -> None:
-    error = refusal(client.post(path, json=BASE[path] | {name: number}), 400)
+def test_an_integer_beyond_64_bits_is_refused(client: httpx.Client, path: str, name: str) -> None:
+    for number in (INT64, -INT64 - 1, 10**4200, 1e300):
+        error = refusal(client.post(path, json=BASE[path] | {name: number}), 400)
 
-    assert (error["param"], error["code"]) == (name, "invalid_value")
-    assert len(error["message"]) < 300
+        assert (error["param"], error["code"]) == (name, "invalid_value")
+        assert len(error["message"]) < 300
 
 
 def test_the_engine_survived_all_of_this(client: httpx.Client) -> None:
@@ -751,10 +747,9 @@ async def test_one_failed_request_does_not_touch_the_others(tokenizer: Any) -> N
 def test_running_requests_do_not_notice_bad_ones(client: httpx.Client) -> None:
     body = {"prompt": "the hen", "max_tokens": 100, "seed": 1, "ignore_eos": True}
     undisturbed = client.post(COMPLETIONS, json=body).json()["choices"][0]["text"]
-    bad = iter([*VALUES, *TYPES])
 
     def disturbances() -> Iterator[httpx.Response]:
-        for path, row, one in bad:
+        for path, row, one in cycle(VALUES):
             yield client.post(path, json=BASE[path] | row.also | {row.name: one.value})
 
     refused = disturbances()

@@ -208,6 +208,12 @@ def test_the_process_ends_when_the_model_cannot_be_served(
     assert "Traceback" not in caplog.text
 
 
+def test_idle_connections_outlive_the_pools_of_clients(tokenizer: Tokenizer) -> None:
+    server = Server(app_of(ScriptedModel(), tokenizer), host="127.0.0.1", port=0)
+
+    assert server.config.timeout_keep_alive >= 75
+
+
 # -- the real process
 
 

@@ -13,12 +13,18 @@ from engine.lanes import Lanes
 from engine.logits.pipeline import Pipeline, dense, run_filters
 from engine.logits.stage import Stage, Transform
 from engine.numerics import NEG_INF
-from engine.params import SamplingParams
+from engine.params import EXCLUDES, SamplingParams
 from engine.types import Request, Rows
+from engine.vocabulary import Vocabulary
 
 ROW_A = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 DIST_P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05]).log()
 END = 2  # the end-of-sequence token of every sequence here
+
+# Texts of the tokens here; those that sequences are made of are 3 to 9.
+TEXTS = ("<pad>", "<s>", "</s>", "\n", "  ", "\n ", "a", "b", "c", "ca")
+WORDS = Vocabulary(lambda: (*TEXTS, *["x"] * 50_000))
+BREAKERS = {"a": (6,), "b": (7,), "ca": (8, 6), "zz": ()}  # and their tokens
 
 # Values of each field that a stage reads, the extreme ones included. No list of allowed tokens
 # leaves out token 5, the only one that some rows of `hard_rows` have.
@@ -42,6 +48,27 @@ EXAMPLES: dict[str, list[Any]] = {
     "top_p_rule": ["strict", "inclusive"],
     "epsilon_cutoff": [3e-4, 0.02, 0.999, 1e-300],
     "eta_cutoff": [3e-4, 0.02, 0.999, 1e-300],
+    "dry_multiplier": [0.8, 2.0, 1e300],
+    "dry_base": [1.75, 1.0, 3.0, 1e300],
+    "dry_allowed_length": [1, 1, 1, 2, 2**63 - 1],
+    "dry_penalty_last_n": [-1, -1, -1, 6, 0, 2**63 - 1],
+    "dry_sequence_breakers": [[], ["a"], [], ["b", "ca"], ["zz"]],
+    "eos_length_penalty": [4.0, 0.5, 1e300],
+    "eos_length_window": [1, 10, 100, 2**63 - 1],
+    "exponential_decay_length_penalty": [[0, 1.5], [2, 3.0], [5, 0.5], [2**62, 2.0], [0, 1e300]],
+    "edt_theta": [0.1, 1.0, 1e-300, 1e300],
+    "edt_base": [0.8, 0.1, 0.999, 1e-300],
+    "dynatemp_range": [0.5, 1.5, 1e-300, 1e300],
+    "dynatemp_exponent": [1.0, 2.0, 0.1, 1e300],
+    "adapt_temperature": [[0.8, 0.6], [2.0, 1e-5], [1.0, 0.5]],
+    "tfs": [0.95, 0.5, 0.0, 0.9999],
+    "top_a": [0.2, 1.0, 0.01, 1e-300],
+    "top_h": [0.4, 0.05, 1.0, 1e-300],
+    "mirostat": [1, 2, 2],
+    "mirostat_tau": [5.0, 1.0, 0.1, 1e300],
+    "mirostat_eta": [0.1, 1.0, 1e300],
+    "xtc_probability": [1.0, 0.5, 1.0, 0.1],
+    "xtc_threshold": [0.1, 0.03, 0.01, 0.05, 0.3, 0.6, 0.0],
 }
 
 
@@ -74,6 +101,7 @@ class Spec:
             logprobs=self.logprobs,
             eos_token_ids=frozenset({END}),
             stop_tokens={token_id: token_id for token_id in params.stop_token_ids},
+            dry_breaker_ids=tuple(BREAKERS.get(word, ()) for word in params.dry_sequence_breakers),
             bad_word_ids=tuple(tuple(map(int, word.split())) for word in params.bad_words),
         )
 
@@ -91,13 +119,19 @@ def place(lanes: Lanes, lane: int, spec: Spec, *parts: Admits) -> None:
         part.admit(lane, spec.request)
 
 
+def new_lanes(num_lanes: int, context_len: int) -> Lanes:
+    """Lanes whose stages know the texts of the tokens here."""
+    return Lanes(num_lanes, context_len, vocabulary=WORDS)
+
+
 def lanes_for(specs: Sequence[Spec], vocab_size: int) -> tuple[Lanes, list[int]]:
     """Lanes, and one for each sequence, in no order.
 
     They are full of tokens of earlier owners.
     """
     generator = torch.Generator().manual_seed(len(specs))
-    lanes = Lanes(len(specs) + 3, max((len(spec.tokens) for spec in specs), default=0) + 2)
+    longest = max((len(spec.tokens) for spec in specs), default=0)
+    lanes = new_lanes(len(specs) + 3, longest + 2)
     lanes.tokens.random_(0, vocab_size, generator=generator)
     return lanes, torch.randperm(lanes.num_lanes, generator=generator)[: len(specs)].tolist()
 
@@ -129,7 +163,7 @@ def run_stage(stage: Stage, logits: Tensor, rows: Rows) -> Tensor:
     """The rows [R, V] after one stage, -inf where a token was dropped."""
     if isinstance(stage, Transform):
         return stage.apply(logits.clone(), rows)
-    return dense(run_filters([stage], logits, rows))
+    return dense(run_filters([stage], logits, rows), logits)
 
 
 def run_pipeline(
@@ -142,8 +176,8 @@ def run_pipeline(
     if not drawn:
         return logits
     index = torch.tensor(drawn)
-    filtered = dense(pipeline.filter(logits[index], rows.select(drawn, index)))
-    return logits.index_copy(0, index, filtered)
+    parts = pipeline.filter(logits[index], rows.select(drawn, index))
+    return logits.index_copy(0, index, dense(parts, logits[index]))
 
 
 def one_row(stage: type[Stage], logits: Tensor, **params: Any) -> Tensor:
@@ -203,10 +237,14 @@ def hard_rows(vocab_size: int) -> Tensor:
 def examples(fields: Iterable[str], count: int) -> list[dict[str, Any]]:
     """Parameter sets of example values, drawn at random."""
     names = list(fields)
-    return [
-        {name: rng.choice(EXAMPLES[name]) for name in names}
-        for rng in (random.Random(index) for index in range(count))
-    ]
+    sets = []
+    for rng in (random.Random(index) for index in range(count)):
+        params = {name: rng.choice(EXAMPLES[name]) for name in names}
+        for name, others in EXCLUDES.items():
+            for gone in rng.choice([(name,), others]) if name in params else ():
+                params.pop(gone, None)
+        sets.append(params)
+    return sets
 
 
 def histories(count: int, longest: int = 12) -> list[tuple[list[int], list[int]]]:

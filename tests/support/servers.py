@@ -62,7 +62,8 @@ def live_server(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             with httpx.Client(trust_env=False, timeout=10) as client:
-                eventually(lambda: _healthy(client, url))
+                eventually(lambda: _healthy(client, url) or not thread.is_alive())
+            assert thread.is_alive(), "the server has ended"
             yield url
         finally:
             server.should_exit = True

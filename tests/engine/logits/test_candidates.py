@@ -68,13 +68,13 @@ def test_only_rows_that_need_more_candidates_are_looked_at_whole() -> None:
         place(lanes, lane, spec, stage)
     logits = random_rows(5, VOCAB)
 
-    (everyone, first), (subset, again) = run_filters([stage], logits, rows_of(specs, lane_ids))
+    first, again = run_filters([stage], logits, rows_of(specs, lane_ids))
 
-    assert everyone is None
-    assert subset == [1, 3]
-    assert (first.width, again.width) == (256, VOCAB)
-    assert first.tail.tolist() == [False, False, False, False, True]
-    assert [int(row.sum()) for row in again.alive] == [400, 257]
+    assert first.subset is None
+    assert again.subset == [1, 3]
+    assert (first.candidates.width, again.candidates.width) == (256, VOCAB)
+    assert first.candidates.tail.tolist() == [False, False, False, False, True]
+    assert [int(row.sum()) for row in again.candidates.alive] == [400, 257]
 
 
 def test_the_distribution_counts_the_tail() -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.lanes import Lanes
 from engine.logits import STAGES
 from engine.logits.pipeline import Pipeline
 from engine.logits.stage import Stage
@@ -24,6 +23,7 @@ from tests.support.logits import (
     histories,
     kept,
     lanes_for,
+    new_lanes,
     place,
     process,
     random_rows,
@@ -115,7 +115,7 @@ def test_neutral_rows_come_out_bit_for_bit_as_they_went_in(fields: Sequence[str]
 def test_a_stage_that_does_not_want_a_row_does_not_change_it(stage: type[Stage]) -> None:
     specs, logits = sequences(stage.fields), some_logits()
     got = apply(stage, specs, logits)
-    one = stage(Lanes(1, 1))
+    one = stage(new_lanes(1, 1))
     unwanted = [not one.admit(0, spec.request) for spec in specs]
     assert torch.equal(bits(got[unwanted]), bits(logits[unwanted]))
 
@@ -154,7 +154,7 @@ def test_a_lane_forgets_its_former_owner(stage: type[Stage]) -> None:
 def test_a_fork_copies_a_lane_and_then_goes_its_own_way(stage: type[Stage]) -> None:
     specs, logits = sequences(stage.fields)[:12], random_rows(12, VOCAB)
     want = apply(stage, specs, logits)
-    lanes = Lanes(2 * len(specs), 100)
+    lanes = new_lanes(2 * len(specs), 100)
     pipeline = Pipeline([stage], lanes)
     children = list(range(len(specs), 2 * len(specs)))
     for child, spec in zip(children, reversed(specs), strict=True):
@@ -185,7 +185,7 @@ def test_a_stage_reads_no_other_fields_than_its_own(stage: type[Stage]) -> None:
             self.read.add({"greedy": "temperature"}.get(name, name))
             return getattr(self.params, name)
 
-    one = stage(Lanes(1, 1))
+    one = stage(new_lanes(1, 1))
     for spec in sequences(stage.fields):
         watched = Watched(spec.request)
         one.admit(0, replace(spec.request, params=watched))  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def test_a_stage_reads_no_other_fields_than_its_own(stage: type[Stage]) -> None:
 
 @EACH_STAGE
 def test_example_values_are_wanted_and_defaults_are_not(stage: type[Stage]) -> None:
-    one = stage(Lanes(1, 1))
+    one = stage(new_lanes(1, 1))
     assert not one.admit(0, Spec().request)
     wanted = [one.admit(0, spec.request) for spec in sequences(stage.fields) if spec.params]
     assert sum(wanted) > len(wanted) / 2

@@ -19,7 +19,6 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from engine.lanes import Lanes
 from engine.logits import STAGES
 from engine.logits.pipeline import Pipeline
 from engine.logits.stage import Filter, Transform
@@ -34,6 +33,7 @@ from tests.support.logits import (
     histories,
     kept,
     lanes_for,
+    new_lanes,
     place,
     process,
     random_rows,
@@ -229,15 +229,15 @@ def test_a_batch_that_wants_nothing_is_handed_back() -> None:
     before = logits.clone()
     rows = rows_of([Spec()] * 3, lane_ids)
     assert pipeline.transform(logits, rows) is logits
-    ((subset, candidates),) = pipeline.filter(logits, rows)
-    assert subset is None
-    assert candidates.raw is logits
-    assert not candidates.ranked  # nobody looked for the best
+    (part,) = pipeline.filter(logits, rows)
+    assert part.subset is None
+    assert part.candidates.raw is logits
+    assert not part.candidates.ranked  # nobody looked for the best
     assert torch.equal(bits(logits), bits(before))
 
 
 def test_a_lane_forgets_what_its_former_owner_wanted() -> None:
-    lanes = Lanes(2, 50)
+    lanes = new_lanes(2, 50)
     pipeline = Pipeline(STAGES, lanes)
     logits = random_rows(2, 700)
     fields = [name for stage in STAGES for name in stage.fields]
@@ -258,7 +258,7 @@ def test_stages_of_sampled_rows_come_last() -> None:
 
 
 def test_a_step_without_rows_is_possible() -> None:
-    pipeline = Pipeline(STAGES, Lanes(1, 1))
+    pipeline = Pipeline(STAGES, new_lanes(1, 1))
     assert pipeline.transform(torch.zeros(0, 600), rows_of([], [])).shape == (0, 600)
 
 

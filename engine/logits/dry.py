@@ -1,0 +1,167 @@
+"""DRY, "don't repeat yourself": Weidmann et al., 2026, arXiv:2608.22761."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.history import ANY, ends_with
+from engine.logits.stage import Transform
+from engine.types import Request, Rows
+
+_UNKNOWN = -1  # of a lane that was given to another sequence
+_LARGEST_EXPONENT = 88.72283905206835  # e to this is the largest float32
+
+
+class Dry(Transform):
+    """Make it less likely that a repetition of earlier text goes on.
+
+    A token that would extend a match of m ≥ `dry_allowed_length` tokens between the end of the
+    context and an earlier place loses multiplier · base^(m - allowed length); of several matches
+    the longest counts. No match crosses a sequence breaker, and a breaker of one token loses
+    nothing. A token whose text holds a breaker is one.
+
+    For each lane, how long a match ends at each position is kept: when a token is appended, those
+    at the same tokens grow by one and the others are over.
+    """
+
+    fields = (
+        "dry_multiplier",
+        "dry_base",
+        "dry_allowed_length",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+    )
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes = lanes
+        self.multiplier = lanes.column(torch.float32, neutral=0.0)
+        self.base = lanes.column(torch.float32, neutral=1.0)
+        self.allowed = lanes.column(torch.int64, neutral=1)
+        self.last_n = lanes.column(torch.int64, neutral=-1)
+        self.long_breakers = lanes.ragged(torch.int64, pad=ANY)  # of several tokens
+        self._breakers: Tensor | None = None  # [L, V] bool: those of one token
+        self._matches: Tensor | None = None  # [L, C] int32
+        self._covered = np.full(lanes.num_lanes, _UNKNOWN)
+        lanes.on_fork(self._fork)
+
+    def admit(self, lane: int, request: Request) -> bool:
+        params = request.params
+        wanted = params.dry_multiplier > 0.0 and params.dry_penalty_last_n != 0
+        self.multiplier[lane] = params.dry_multiplier if wanted else 0.0
+        self.base[lane] = params.dry_base
+        self.allowed[lane] = params.dry_allowed_length
+        self.last_n[lane] = params.dry_penalty_last_n
+        self._covered[lane] = _UNKNOWN
+        long = [ids for ids in request.dry_breaker_ids if len(ids) > 1] if wanted else []
+        self.long_breakers.write(lane, [ids[-1] for ids in long], [list(i[:-1]) for i in long])
+        if wanted:
+            holding = self.lanes.vocabulary.holding(tuple(params.dry_sequence_breakers))
+            if self._breakers is None:
+                self._allocate(len(holding))
+            self._breakers[lane] = holding  # type: ignore[index]
+        return wanted
+
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        if self._matches is None or self._breakers is None:  # no lane has ever wanted this
+            return logits
+        self._catch_up(rows)
+        ids = self.lanes.tokens[rows.lanes, : rows.max_len].long()
+        lengths = (rows.positions + 1).unsqueeze(1)
+        index = torch.arange(rows.max_len, device=ids.device)
+        last_n = self.last_n.at(rows)
+        begin = torch.where(last_n < 0, 0, lengths - last_n).clamp(min=0)
+        # A match that ends at i - 1 makes token i a candidate, and reaches back to `begin` at most.
+        match = torch.zeros_like(ids)
+        match[:, 1:] = self._matches[rows.lanes, : rows.max_len - 1].minimum(index[1:] - begin)
+        match.masked_fill_((index >= lengths) | (index <= begin), 0)
+        longest = _largest_of_equals(ids, match, logits.shape[1])
+        extends = (longest >= self.allowed.at(rows)) & (self.multiplier.at(rows) > 0.0)
+        extends &= ~self._breakers[rows.lanes.unsqueeze(1), ids]
+        base = self.base.at(rows)
+        exponent = (longest - self.allowed.at(rows)).float()
+        # A power beyond float32 would be infinite; a base of 1 has none.
+        exponent = exponent.minimum((_LARGEST_EXPONENT / base.log()).floor())
+        penalty = self.multiplier.at(rows) * base.pow(exponent)
+        scores = logits.gather(1, ids)
+        return logits.scatter_(1, ids, torch.where(extends, scores - penalty, scores))
+
+    def _catch_up(self, rows: Rows) -> None:
+        lanes, ends = np.asarray(rows.host_lanes), np.asarray(rows.host_positions) + 1
+        wanting = (self.multiplier.values[rows.lanes] > 0.0).cpu().numpy()
+        for row in np.flatnonzero(wanting & (self._covered[lanes] == _UNKNOWN)).tolist():
+            self._recount(rows.host_lanes[row], rows.host_positions[row])
+        covered = self._covered[lanes]
+        while (behind := np.flatnonzero(wanting & (covered < ends))).size:
+            index = torch.from_numpy(behind).to(self.lanes.device)
+            at = torch.from_numpy(covered[behind]).to(self.lanes.device)
+            self._append(rows.lanes[index], at, int(covered[behind].max()))
+            covered[behind] += 1
+        self._covered[lanes[wanting]] = ends[wanting]
+
+    def _append(self, lanes: Tensor, positions: Tensor, last: int) -> None:
+        """Take in the tokens at `positions` [R], at most `last`, of some lanes."""
+        assert self._matches is not None
+        assert self._breakers is not None
+        tokens = self.lanes.tokens[lanes, : last + 1]
+        new = tokens.gather(1, positions.unsqueeze(1))
+        breaks = self._breakers[lanes, new.squeeze(1).long()]
+        row, final, leading = self.long_breakers.of(lanes)
+        done = new[row, 0] == final
+        begins = torch.zeros_like(row)
+        done &= ends_with(self.lanes, lanes[row], positions[row], leading, begins)
+        breaks[row[done]] = True
+        before = torch.nn.functional.pad(self._matches[lanes, :last], (1, 0))
+        index = torch.arange(last + 1, device=tokens.device)
+        goes_on = (tokens == new) & (index < positions.unsqueeze(1)) & ~breaks.unsqueeze(1)
+        self._matches[lanes, : last + 1] = torch.where(goes_on, before + 1, 0)
+
+    def _recount(self, lane: int, position: int) -> None:
+        """Find the matches of what a lane began with, but not of what came after `position`."""
+        assert self._matches is not None
+        assert self._breakers is not None
+        length = min(self.lanes.lengths[lane], position + 1)
+        tokens = self.lanes.tokens[lane, :length]
+        breaks = self._breakers[lane][tokens.long()].cpu().numpy()
+        ids = tokens.cpu().numpy()
+        mine = self.long_breakers.lanes == lane
+        for last, leading in zip(
+            self.long_breakers.token_ids[mine].tolist(),
+            self.long_breakers.values[mine].tolist(),
+            strict=True,
+        ):
+            word = [token for token in leading if token != ANY] + [last]
+            if len(word) <= length:
+                windows = np.lib.stride_tricks.sliding_window_view(ids, len(word))
+                breaks[len(word) - 1 :] |= (windows == word).all(1)
+        broken = np.flatnonzero(breaks)
+        reach = length - 1 - int(broken[-1]) if broken.size else length
+        matches = np.zeros(length, dtype=np.int32)
+        ends = np.arange(length - 1)
+        for back in range(reach):
+            ends = ends[ends >= back]
+            ends = ends[ids[ends - back] == ids[length - 1 - back]]
+            if not ends.size:
+                break
+            matches[ends] += 1
+        self._matches[lane] = 0
+        self._matches[lane, :length] = torch.from_numpy(matches)
+        self._covered[lane] = length
+
+    def _allocate(self, vocab_size: int) -> None:
+        size, device = self.lanes.num_lanes, self.lanes.device
+        self._breakers = torch.zeros(size, vocab_size, dtype=torch.bool, device=device)
+        self._matches = torch.zeros_like(self.lanes.tokens)
+
+    def _fork(self, parent: int, child: int) -> None:
+        self._covered[child] = self._covered[parent]
+        if self._matches is not None and self._breakers is not None:
+            self._matches[child] = self._matches[parent]
+            self._breakers[child] = self._breakers[parent]
+
+
+def _largest_of_equals(ids: Tensor, values: Tensor, vocab_size: int) -> Tensor:
+    """For each entry [R, C], the largest of the values at entries of the same id."""
+    table = torch.empty(len(ids), vocab_size, dtype=values.dtype, device=ids.device)
+    table.scatter_(1, ids, 0)
+    return table.scatter_reduce_(1, ids, values, "amax").gather(1, ids)
