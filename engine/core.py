@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.models.base import Model
 from engine.numerics import scanned
-from engine.runner import Runner
+from engine.probing import Probed, attention_signals
+from engine.runner import Forwarded, Runner
 from engine.sampler import NOT_A_NUMBER, Sampler, report
 from engine.scheduler import Scheduler
 from engine.strategies import choose
 from engine.strategies.base import View
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
+from engine.trace import trace_layers
 from engine.types import (
     Chunk,
     Delta,
@@ -30,12 +33,12 @@ from engine.types import (
     Finished,
     FinishReason,
     Group,
-    Plan,
     Request,
     Rows,
     Sequence,
     StepStats,
     Token,
+    TokenTrace,
 )
 from engine.vocabulary import Vocabulary
 
@@ -100,7 +103,7 @@ class EngineCore:
             index,
             rng.derive(request.seed, index),
             list(request.prompt_ids),
-            len(request.prompt_ids),
+            len(request.prompt_ids) - request.forced_len,
             TextStream(
                 detokenizer, request.stop_strings, request.params.include_stop_str_in_output
             ),
@@ -113,15 +116,20 @@ class EngineCore:
         """Compute one step and say what came of it."""
         plan = self.scheduler.plan()
         assert plan.chunks, "work is waiting, but none of it can be planned"
-        hidden, first_rows = self.runner.forward(plan)
+        forwarded = self.runner.forward(plan)
         self.scheduler.computed(plan)
         messages: list[Message] = []
         for chunk in plan.chunks:
-            if chunk.group.request.prompt_logprobs is not None:
-                try:
-                    self._score_prompt(chunk, hidden, first_rows[id(chunk.sequence)])
-                except GenerationFailed as error:
-                    messages.append(self._fail(chunk.group, error))
+            request = chunk.group.request
+            if request.prompt_logprobs is None and not request.explained:
+                continue
+            try:
+                if request.prompt_logprobs is not None:
+                    self._score_prompt(chunk, forwarded)
+                if request.explained:
+                    self._explain(chunk, forwarded)
+            except GenerationFailed as error:
+                messages.append(self._fail(chunk.group, error))
         groups = self.scheduler.ready(plan)
         scored = [group for group in groups if group.request.max_tokens == 0]
         for group in scored:
@@ -134,43 +142,73 @@ class EngineCore:
         gaps_s: tuple[float, ...] = ()
         if generating:
             sequences = [sequence for group in generating for sequence in group.live]
-            messages += self._generate(generating, hidden, _last_rows(plan, first_rows))
+            messages += self._generate(generating, forwarded)
             gaps_s = _token_gaps(sequences)
         return messages, self.stats(plan.num_tokens, gaps_s)
 
-    def _generate(
-        self, groups: list[Group], hidden: Tensor, last_rows: dict[int, int]
-    ) -> list[Message]:
+    def _generate(self, groups: list[Group], forwarded: Forwarded) -> list[Message]:
         """Sample a token for every live sequence of these groups and let strategies decide."""
-        sequences = [sequence for group in groups for sequence in group.live]
-        source = [
-            last_rows.get(id(sequence), last_rows.get(id(group.live[0]), 0))
-            for group in groups
-            for sequence in group.live
-        ]
+        members = [(group, sequence) for group in groups for sequence in group.live]
+        # Copies of a prompt share the row of the one that was computed.
+        computed = [s if id(s) in forwarded.last_rows else g.live[0] for g, s in members]
         rows = Rows.build(
-            [sequence.lane for sequence in sequences],
-            [len(sequence.token_ids) - 1 for sequence in sequences],
+            [sequence.lane for _, sequence in members],
+            [len(sequence.token_ids) - 1 for _, sequence in members],
             self.device,
         )
-        tokens = self._sample(hidden[source], rows)
+        source = [forwarded.last_rows[id(sequence)] for sequence in computed]
+        # What lies behind the vocabulary are rows of the embedding that no token has.
+        logits = self.model.logits(forwarded.hidden[source])[:, : self.vocab_size]
+        samples = self.sampler(logits, rows, self._attention(members, computed, forwarded.probed))
         messages: list[Message] = []
         offset = 0
         for group in groups:
-            chosen = tokens[offset : offset + len(group.live)]
+            tokens = []
+            for row in range(offset, offset + len(group.live)):
+                logprob, top = samples.logprobs.get(row, (None, ()))
+                sequence, position = computed[row], rows.host_positions[row]
+                trace = samples.traces.get(row)
+                trace = self._traced(group, trace, sequence, position, forwarded)
+                tokens.append(Token(samples.token_ids[row], "", logprob, top, trace=trace))
             offset += len(group.live)
-            messages += self._advance(group, chosen)
+            messages += self._advance(group, tokens)
         self.scheduler.flush()
         return messages
 
-    def _sample(self, hidden: Tensor, rows: Rows) -> list[Token]:
-        """Hidden states [R, H] to a chosen token per row."""
-        # What lies behind are rows of the embedding that no token has.
-        samples = self.sampler(self.model.logits(hidden)[:, : self.vocab_size], rows)
-        return [
-            Token(token_id, "", *samples.logprobs.get(row, (None, ())))
-            for row, token_id in enumerate(samples.token_ids)
-        ]
+    def _attention(
+        self,
+        members: Seq[tuple[Group, Sequence]],
+        computed: Seq[Sequence],
+        probed: Probed | None,
+    ) -> Tensor | None:
+        """What the rows' newest tokens attended to in the last layer, [R, 4], where it is read."""
+        if probed is None:
+            return None
+        signals = torch.zeros(len(members), 4, device=self.device)
+        for row, ((group, _), sequence) in enumerate(zip(members, computed, strict=True)):
+            if group.request.params.reads_attention:
+                last = len(probed.probe.queries) - 1
+                position = len(sequence.token_ids) - 1
+                scores = probed.scores(sequence, position, last)
+                signals[row] = attention_signals(scores)
+        return signals
+
+    def _traced(
+        self,
+        group: Group,
+        trace: TokenTrace | None,
+        sequence: Sequence,
+        position: int,
+        forwarded: Forwarded,
+    ) -> TokenTrace | None:
+        """A token's trace with what the request wants to see of the layers before it."""
+        wish = group.request.trace
+        if trace is None or wish is None or not wish.layers or forwarded.probed is None:
+            return trace
+        states = forwarded.probed.states(sequence, position)
+        hidden = self.model.final_norm(states[list(wish.layers)])
+        logits = self.model.logits(hidden)[:, : self.vocab_size]
+        return replace(trace, layers=trace_layers(logits, wish.layers, wish.top))
 
     def _advance(self, group: Group, tokens: list[Token]) -> list[Message]:
         try:
@@ -212,14 +250,14 @@ class EngineCore:
             deltas = [self._delta(group, sequence, sequence.index) for sequence in sequences]
             messages += [d for d in deltas if d.text or d.tokens or d.finish_reason]
         if not group.live:
-            request = group.request
+            request, forced = group.request, group.request.forced_len
             messages.append(
                 Finished(
                     request.request_id,
                     prompt_tokens=len(request.prompt_ids),
                     cached_tokens=group.cached_tokens,
-                    completion_tokens=sum(seq.num_generated for seq in group.finished),
-                    longest_tokens=max(seq.num_generated for seq in group.finished),
+                    completion_tokens=sum(seq.num_generated - forced for seq in group.finished),
+                    longest_tokens=max(seq.num_generated - forced for seq in group.finished),
                     finish_reasons=tuple(
                         seq.finish_reason for seq in group.finished if seq.finish_reason
                     ),
@@ -243,6 +281,7 @@ class EngineCore:
             tuple(group.prompt),
             sequence.finish_reason,
             sequence.stop_reason,
+            tuple(sorted(group.explained.items())) if final else (),
         )
 
     def stats(self, num_tokens: int = 0, gaps_s: tuple[float, ...] = ()) -> StepStats:
@@ -261,7 +300,7 @@ class EngineCore:
 
     # -- prompt logprobs
 
-    def _score_prompt(self, chunk: Chunk, hidden: Tensor, first_row: int) -> None:
+    def _score_prompt(self, chunk: Chunk, forwarded: Forwarded) -> None:
         """Logprobs of the prompt tokens that a chunk's hidden states predict.
 
         Projected some rows at a time, so the memory does not grow with the prompt. Raises
@@ -276,8 +315,8 @@ class EngineCore:
         end = min(chunk.end, len(request.prompt_ids) - 1)
         for first in range(start, end, size):
             last = min(first + size, end)
-            offset = first_row - chunk.start
-            logits = self.model.logits(hidden[offset + first : offset + last])
+            offset = forwarded.first_rows[id(chunk.sequence)] - chunk.start
+            logits = self.model.logits(forwarded.hidden[offset + first : offset + last])
             logits, top, _ = scanned(logits[:, : self.vocab_size])
             if bool(top.isnan().any()):
                 raise GenerationFailed("the model's logits are not numbers")
@@ -287,6 +326,38 @@ class EngineCore:
             columns = zip(ids.tolist(), own, tops, ranks.tolist(), strict=True)
             group.prompt += [Token(i, "", logprob, top, rank) for i, logprob, top, rank in columns]
 
+    # -- explanations
+
+    def _explain(self, chunk: Chunk, forwarded: Forwarded) -> None:
+        """Trace the tokens that a chunk's hidden states predict, where the request asks for it.
+
+        A filter with feedback must have seen every output token before. Raises GenerationFailed.
+        """
+        group, sequence, request = chunk.group, chunk.sequence, chunk.group.request
+        offset = forwarded.first_rows[id(sequence)] - chunk.start
+        first = sequence.prompt_len if self.sampler.observes(sequence.lane) else chunk.end + 1
+        for position in range(chunk.start + 1, min(chunk.end, request.explained[-1]) + 1):
+            wanted = position in request.explained
+            if position in group.explained or not (wanted or position >= first):
+                continue
+            rows = Rows.build([sequence.lane], [position - 1], self.device)
+            row = forwarded.hidden[offset + position - 1].unsqueeze(0)
+            logits = self.model.logits(row)[:, : self.vocab_size]
+            attention = None
+            if request.params.reads_attention and forwarded.probed is not None:
+                last = len(forwarded.probed.probe.queries) - 1
+                scores = forwarded.probed.scores(sequence, position - 1, last)
+                attention = attention_signals(scores).unsqueeze(0)
+            forced = position < len(request.prompt_ids)
+            token_id = request.prompt_ids[position] if forced else None
+            samples = self.sampler(logits, rows, attention, token_id)
+            if samples.token_ids[0] == NOT_A_NUMBER:
+                raise GenerationFailed("the model's logits are not numbers")
+            if wanted:
+                trace = samples.traces.get(0)
+                trace = self._traced(group, trace, sequence, position - 1, forwarded)
+                group.explained[position] = Token(samples.token_ids[0], "", trace=trace)
+
 
 def _token_gaps(sequences: list[Sequence]) -> tuple[float, ...]:
     """Seconds since each sequence's last token before this step's, where there was one."""
@@ -295,11 +366,3 @@ def _token_gaps(sequences: list[Sequence]) -> tuple[float, ...]:
     for sequence in sequences:
         sequence.last_token_s = now
     return gaps
-
-
-def _last_rows(plan: Plan, first_rows: dict[int, int]) -> dict[int, int]:
-    """By the id() of each sequence, the row of its last computed token's hidden state."""
-    return {
-        id(chunk.sequence): first_rows[id(chunk.sequence)] + chunk.length - 1
-        for chunk in plan.chunks
-    }

@@ -68,6 +68,8 @@ def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelIn
         device=device,
         model_type=hf_config.model_type,
         identity=_identity(folder, dtype, device),
+        num_layers=len(model.kv_shapes),
+        has_lens=model.has_lens,
         sampling_defaults=_sampling_defaults(generation),
     )
     log.info(

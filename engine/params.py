@@ -90,6 +90,29 @@ class StrictModel(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
+class EntropixParams(StrictModel):
+    """Numbers of entropix; a threshold that is left out is the profile's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    profile: Literal["2024-10-07", "head"] = Field(
+        default="2024-10-07",
+        description="That day's sampler, with attention; or the later one, in nats and without.",
+    )
+    clarify_token: Integer | NonEmptyStr | None = Field(
+        default=None, description="Token id or text that is put in where the model is lost."
+    )
+    temperature: Number = Field(default=0.666, gt=0.0, le=2.0, description="Base temperature.")
+    top_p: Number = Field(default=0.90, gt=0.0, le=1.0, description="Base top-p.")
+    top_k: Integer = Field(default=27, ge=1, le=100, description="Base top-k.")
+    min_p: Number = Field(default=0.03, ge=0.0, le=1.0, description="Base min-p.")
+    low_ent: Number | None = Field(default=None, ge=0.0, description="Entropy threshold.")
+    med_ent: Number | None = Field(default=None, ge=0.0, description="Entropy threshold.")
+    high_ent: Number | None = Field(default=None, ge=0.0, description="Entropy threshold.")
+    low_vent: Number | None = Field(default=None, ge=0.0, description="Varentropy threshold.")
+    high_vent: Number | None = Field(default=None, ge=0.0, description="Varentropy threshold.")
+
+
 class SamplingParams(StrictModel):
     """How the tokens of one request are chosen and when it stops.
 
@@ -412,10 +435,22 @@ class SamplingParams(StrictModel):
         default=0.1, ge=0.0, le=1.0, description="XTC: the threshold; above 0.5 nothing is dropped."
     )
 
+    entropix: EntropixParams | None = Field(
+        default=None,
+        description="Switch between ways of sampling by entropy and varentropy, instead of "
+        "temperature and filters (entropix, 2024). `{}` takes all defaults.",
+        examples=[{"profile": "2024-10-07"}],
+    )
+
     @property
     def greedy(self) -> bool:
         """Is the likeliest token taken, with no draw?"""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def reads_attention(self) -> bool:
+        """Does it take attention weights to choose tokens?"""
+        return self.entropix is not None and self.entropix.profile == "2024-10-07"
 
     @property
     def num_sequences(self) -> int:
@@ -469,6 +504,14 @@ EXCLUDES: dict[str, tuple[str, ...]] = {
     "mirostat": TRUNCATION,
     "adapt_temperature": ("temperature", "dynatemp_range", "edt_theta"),
     "edt_theta": ("dynatemp_range",),
+    "entropix": (
+        *TRUNCATION,
+        "mirostat",
+        "temperature",
+        "dynatemp_range",
+        "edt_theta",
+        "adapt_temperature",
+    ),
 }
 
 

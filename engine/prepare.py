@@ -13,7 +13,7 @@ from typing import Any
 from engine.errors import InvalidRequest
 from engine.params import SamplingParams
 from engine.tokenizer import Tokenizer
-from engine.types import Request
+from engine.types import Request, TraceWish
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class ModelInfo:
     device: str
     model_type: str
     identity: str  # differs where weights, their type or the machine may change the output
+    num_layers: int = 0
+    has_lens: bool = True  # can its layers be read one by one?
     sampling_defaults: dict[str, Any] = field(default_factory=dict)  # generation_config.json's
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -44,6 +46,9 @@ class Output:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     stream: bool = False
+    trace: TraceWish | None = None
+    explained: tuple[int, ...] = ()
+    forced_len: int = 0
 
 
 def prepare(
@@ -68,6 +73,8 @@ def prepare(
     _check_ids(params.stop_token_ids, info, "stop_token_ids")
     _check_ids(params.allowed_token_ids or (), info, "allowed_token_ids")
     _check_ids(params.logit_bias, info, "logit_bias")
+    if output.trace is not None:
+        _check_layers(output.trace, info)
     max_tokens = _max_tokens(
         len(prompt_ids), params, info, prompt_param, default_max_tokens, clamp_max_tokens
     )
@@ -93,6 +100,10 @@ def prepare(
         eos_token_ids=info.eos_token_ids,
         stop_tokens=stop_tokens,
         stop_strings=tuple(params.stop),
+        trace=output.trace,
+        explained=output.explained,
+        forced_len=output.forced_len,
+        clarify_token=_clarify_token(params, info, tokenizer),
         dry_breaker_ids=tuple(_breaker_ids(params, tokenizer)),
         bad_word_ids=tuple(_bad_word_ids(params.bad_words, tokenizer, ends)),
         skip_special_tokens=output.skip_special_tokens,
@@ -117,6 +128,22 @@ def _check_ids(token_ids: Iterable[int], info: ModelInfo, param: str) -> None:
                 param,
                 "invalid_token_id",
             )
+
+
+def _check_layers(trace: TraceWish, info: ModelInfo) -> None:
+    for layer in trace.layers:
+        if not 0 <= layer <= info.num_layers:
+            raise InvalidRequest(
+                f"trace.layers holds {layer}; this model's layers run from 0, the embedding, to "
+                f"{info.num_layers}",
+                "trace.layers",
+            )
+    if trace.layers and not info.has_lens:
+        raise InvalidRequest(
+            f"trace.layers: the layers of a {info.model_type} model cannot be read one by one",
+            "trace.layers",
+            "unsupported_parameter",
+        )
 
 
 def _max_tokens(
@@ -165,6 +192,23 @@ def _max_tokens(
 
 def _width_field(params: SamplingParams) -> str:
     return "n" if params.best_of is None else "best_of"
+
+
+def _clarify_token(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer) -> int | None:
+    """The token that entropix puts in where the model is lost; by default " ..."."""
+    if params.entropix is None:
+        return None
+    token = params.entropix.clarify_token
+    if isinstance(token, int):
+        _check_ids([token], info, "entropix.clarify_token")
+        return token
+    ids = tokenizer.encode(" ..." if token is None else token, add_special_tokens=False)
+    if token is not None and len(ids) != 1:
+        raise InvalidRequest(
+            f"entropix.clarify_token must be one token, {token!r} is {len(ids)}",
+            "entropix.clarify_token",
+        )
+    return ids[0] if len(ids) == 1 else None
 
 
 def _breaker_ids(params: SamplingParams, tokenizer: Tokenizer) -> Iterable[tuple[int, ...]]:

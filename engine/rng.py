@@ -21,6 +21,7 @@ class Domain(IntEnum):
     TOKEN = 0  # the noise of each token
     COIN = 1  # whether a stage that acts at random acts
     BLOCK = 2  # the noise of each block of the vocabulary
+    EXTRA = 16  # of the further draws of a step, counted up from here
 
 
 def hash32(

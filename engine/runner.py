@@ -1,6 +1,7 @@
 """Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from engine.attention import Attention, choose_attention
 from engine.attention.torch_paged import LayerCache, Span
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
-from engine.models.base import ForwardInput, Model
+from engine.models.base import ForwardInput, Model, Probe
+from engine.probing import Probed
 from engine.types import Chunk, Plan
 
 
@@ -23,6 +25,19 @@ def choose_device(name: str) -> str:
     if name.startswith("cuda") and not cuda:
         raise ModelUnavailable(f"device {name} was asked for, but torch finds no CUDA device")
     return name
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What a step computed: hidden states [T, H], and where in them each sequence's begin and end.
+
+    The rows go by the id() of the sequence. `probed` is what requests wanted to see besides.
+    """
+
+    hidden: Tensor
+    first_rows: dict[int, int]
+    last_rows: dict[int, int]
+    probed: Probed | None = None
 
 
 class Runner:
@@ -41,16 +56,15 @@ class Runner:
             for shape in model.kv_shapes
         ]
 
-    def forward(self, plan: Plan) -> tuple[Tensor, dict[int, int]]:
-        """Compute the plan's tokens.
-
-        Returns the hidden states [T, H] and, by the id() of each sequence, the row of its first
-        token in them.
-        """
+    def forward(self, plan: Plan) -> Forwarded:
+        """Compute the plan's tokens."""
         if plan.copies:
             self._copy_blocks(plan.copies)
         # Single tokens first, by context length, so that attention can batch them.
         chunks = sorted(plan.chunks, key=lambda chunk: (chunk.length > 1, chunk.end))
+        first_rows = _first_rows(chunks)
+        last_rows = {id(c.sequence): first_rows[id(c.sequence)] + c.length - 1 for c in chunks}
+        probed = self._probed(chunks, last_rows)
         inputs = ForwardInput(
             self._tensor(
                 [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.end]]
@@ -59,8 +73,27 @@ class Runner:
             self.attention.plan(
                 [Span(chunk.start, chunk.length, chunk.sequence.block_table) for chunk in chunks]
             ),
+            None if probed is None else probed.probe,
         )
-        return self.model.forward(inputs, self.cache, self.attention), _first_rows(chunks)
+        hidden = self.model.forward(inputs, self.cache, self.attention)
+        return Forwarded(hidden, first_rows, last_rows, probed)
+
+    def _probed(self, chunks: list[Chunk], last_rows: dict[int, int]) -> Probed | None:
+        """A probe of the tokens that requests want to see: the newest, or those explained."""
+        rows: list[int] = []
+        places: dict[tuple[int, int], int] = {}
+        for chunk in chunks:
+            request, sequence = chunk.group.request, chunk.sequence
+            if not request.probes:
+                continue
+            wanted = [position - 1 for position in request.explained]
+            if chunk.end == len(sequence.token_ids) and not wanted:
+                wanted = [chunk.end - 1]
+            for position in wanted:
+                if chunk.start <= position < chunk.end:
+                    places[id(sequence), position] = len(rows)
+                    rows.append(last_rows[id(sequence)] - (chunk.end - 1 - position))
+        return Probed(Probe(self._tensor(rows)), self.cache, places) if rows else None
 
     def scrub(self, blocks: list[int]) -> None:
         """Forget what blocks hold: a NaN in them would spread through masked padding."""

@@ -11,7 +11,8 @@ logit shifts every later boundary: on SmolLM2-135M at temperature 1 it changed 0
 between a batched and a single forward pass, Gumbel noise none of 15,480.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from engine.config import LogprobsMode
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Filtered, Pipeline, dense
+from engine.logits.stage import Filter
 from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, scan, scanned
 from engine.rng import Domain, gumbel, uniform
-from engine.types import Request, Rows
+from engine.trace import trace_row
+from engine.types import Request, Rows, Signals, TokenTrace
 
 NO_VALID_TOKEN = -1
 NOT_A_NUMBER = -2
@@ -40,6 +43,7 @@ class Samples:
 
     token_ids: list[int]
     logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]]
+    traces: dict[int, TokenTrace] = field(default_factory=dict)  # of the rows that asked for them
 
 
 class Sampler:
@@ -51,6 +55,8 @@ class Sampler:
         self.mode = mode
         self.greedy = np.zeros(lanes.num_lanes, dtype=bool)
         self.logprobs = np.full(lanes.num_lanes, -1)  # candidates wanted; -1: not even its own
+        self.traced = np.zeros(lanes.num_lanes, dtype=np.int64)  # tokens listed; 0: none
+        self.watched = lanes.flags()  # whose filters want signals
 
     def admit(self, lane: int, request: Request) -> None:
         """Give the lane a request's parameters, here and in the pipeline."""
@@ -60,15 +66,35 @@ class Sampler:
         self.logprobs[lane] = (
             (0 if ranked else -1) if request.logprobs is None else request.logprobs
         )
+        self.traced[lane] = 0 if request.trace is None else request.trace.top
+        self.watched[lane] = request.params.entropix is not None
 
     def fork(self, parent: int, child: int) -> None:
         self.pipeline.fork(parent, child)
         self.greedy[child] = self.greedy[parent]
         self.logprobs[child] = self.logprobs[parent]
+        self.traced[child] = self.traced[parent]
 
-    def __call__(self, raw: Tensor, rows: Rows) -> Samples:
-        """Choose from the model's logits [R, V] float32."""
+    def observes(self, lane: int) -> bool:
+        """Does the lane want a filter that learns from what is drawn?"""
+        _, filters = self.pipeline.stages_of(lane)
+        kinds = [type(stage) for stage in filters if isinstance(stage, Filter)]
+        return any(kind.observe is not Filter.observe for kind in kinds)
+
+    def __call__(
+        self,
+        raw: Tensor,
+        rows: Rows,
+        attention: Tensor | None = None,
+        forced: int | None = None,
+    ) -> Samples:
+        """Choose from the model's logits [R, V] float32.
+
+        `attention` [R, 4] is what rows that want signals get of it. A `forced` token takes the
+        place of what would have been chosen.
+        """
         raw, raw_top, chosen = scanned(raw)
+        rows = self._with_signals(raw, rows, attention)
         logits = self.pipeline.transform(raw, rows)
         top = raw_top
         if logits is not raw:
@@ -79,6 +105,8 @@ class Sampler:
         usable = chosen >= 0
         drawn: list[int] = np.flatnonzero(~self.greedy[rows.host_lanes]).tolist()
         processed = logits
+        parts: list[Filtered] = []
+        tokens = chosen
         if drawn:
             everyone = len(drawn) == len(rows)
             index = torch.tensor(drawn, device=raw.device)
@@ -92,7 +120,15 @@ class Sampler:
             chosen[index] = torch.where(usable[index], tokens, chosen[index])
             if not self.mode.raw and self._wanting(rows):
                 processed = logits.index_copy(0, index, dense(parts, safe))
-        return Samples(chosen.tolist(), self._report(raw, processed, chosen, rows))
+        if forced is not None:
+            chosen = torch.where(chosen == NOT_A_NUMBER, chosen, forced)
+            tokens = chosen if drawn else tokens
+        token_ids: list[int] = chosen.tolist()
+        traces = self._trace(raw, rows, token_ids)
+        for filtered in parts:
+            whole = filtered.subset is None
+            self.pipeline.observe(filtered, tokens if whole else tokens[filtered.subset])
+        return Samples(token_ids, self._report(raw, processed, chosen, rows), traces)
 
     def _draw(self, parts: list[Filtered], count: int) -> Tensor:
         """A token of each row, [R] int64."""
@@ -100,8 +136,40 @@ class Sampler:
         for part in parts:
             drawn = draw(part.candidates, self.lanes.seeds[part.rows.lanes], part.rows.positions)
             tokens[slice(None) if part.subset is None else part.subset] = drawn
-            self.pipeline.observe(part, drawn)
         return tokens
+
+    def _with_signals(self, raw: Tensor, rows: Rows, attention: Tensor | None) -> Rows:
+        watching: list[int] = np.flatnonzero(self.watched[rows.host_lanes]).tolist()
+        if not watching:
+            return rows
+        bits = raw[watching].double().log_softmax(1) / math.log(2.0)
+        probs = raw[watching].double().softmax(1)
+        surprise = torch.where(probs > 0.0, -bits, 0.0)
+        entropy = torch.zeros(len(rows), 1, device=raw.device)
+        varentropy = torch.zeros_like(entropy)
+        mean = (probs * surprise).sum(1, keepdim=True)
+        entropy[watching] = mean.float()
+        varentropy[watching] = (probs * (surprise - mean) ** 2).sum(1, keepdim=True).float()
+        if attention is None:
+            attention = torch.zeros(len(rows), 4, device=raw.device)
+        return replace(rows, signals=Signals(entropy, varentropy, attention))
+
+    def _trace(self, raw: Tensor, rows: Rows, token_ids: list[int]) -> dict[int, TokenTrace]:
+        traces: dict[int, TokenTrace] = {}
+        for row in np.flatnonzero(self.traced[rows.host_lanes]).tolist():
+            lane = rows.host_lanes[row]
+            if token_ids[row] >= 0:
+                one = rows.select([row], torch.tensor([row], device=raw.device))
+                traces[row] = trace_row(
+                    self.pipeline,
+                    self.lanes,
+                    raw[row, None],
+                    one,
+                    token_ids[row],
+                    int(self.traced[lane]),
+                    bool(self.greedy[lane]),
+                )
+        return traces
 
     def _wanting(self, rows: Rows) -> list[int]:
         wanting: list[int] = np.flatnonzero(self.logprobs[rows.host_lanes] >= 0).tolist()
@@ -129,15 +197,42 @@ def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:
     """
     if not candidates.ranked:
         return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
-    noise = gumbel(uniform(seeds.unsqueeze(1), positions.unsqueeze(1), candidates.ids))
-    best_of = (candidates.logits + noise).argmax(dim=1, keepdim=True)
-    tokens = candidates.ids.gather(1, best_of).squeeze(1)
+    place = _winner(candidates.logits, candidates, seeds, positions, Domain.TOKEN)
+    if candidates.num_draws is not None and candidates.redrawn is not None:
+        place = _draw_more(candidates, place, seeds, positions)
+    tokens = candidates.ids.gather(1, place).squeeze(1)
     whole: list[int] = candidates.tail.nonzero().flatten().tolist()
     if whole:
         dense = candidates.dense()[whole]
         ones = torch.ones(len(whole), device=dense.device)
         tokens[whole] = draw_dense(dense, ones, seeds[whole], positions[whole])
     return tokens
+
+
+def _winner(
+    logits: Tensor, candidates: Candidates, seeds: Tensor, positions: Tensor, domain: int
+) -> Tensor:
+    """Which candidate has the largest sum of logit and noise, [R, 1]."""
+    noise = uniform(seeds.unsqueeze(1), positions.unsqueeze(1), candidates.ids, domain)
+    return (logits + gumbel(noise)).argmax(dim=1, keepdim=True)
+
+
+def _draw_more(candidates: Candidates, place: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draw again where candidates ask for it; later draws have noise of their own."""
+    logits = candidates.logits
+    counts, redrawn = candidates.num_draws, candidates.redrawn
+    assert counts is not None
+    assert redrawn is not None
+    for index in range(1, int(counts.max())):
+        other = _winner(logits, candidates, seeds, positions, Domain.EXTRA + index)
+        better = logits.gather(1, other) > logits.gather(1, place)
+        place = torch.where(better & (counts > index).unsqueeze(1), other, place)
+    if bool(redrawn.any()):
+        without = logits.scatter(1, place, NEG_INF)
+        other = _winner(without, candidates, seeds, positions, Domain.EXTRA)
+        left = (without > NEG_INF).any(1) & redrawn
+        place = torch.where(left.unsqueeze(1), other, place)
+    return place
 
 
 def draw_dense(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:

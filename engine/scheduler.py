@@ -220,8 +220,9 @@ class Scheduler:
 
     def _cached(self, group: Group, sequence: Sequence) -> list[int]:
         """Cached blocks of a sequence's beginning; its last token is always computed."""
-        if not self.prefix_cache or group.request.prompt_logprobs is not None:
-            return []
+        request = group.request
+        if not self.prefix_cache or request.prompt_logprobs is not None or request.explained:
+            return []  # what is cached has no hidden states to look at
         full = (len(sequence.token_ids) - 1) // self.pool.block_size
         self._hash_blocks(group, sequence, full)
         return self.pool.find(sequence.block_hashes[:full])

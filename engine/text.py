@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from engine.tokenizer import Tokenizer
 from engine.types import Token
@@ -151,4 +152,4 @@ class TextStream:
 
 
 def _with_text(token: Token, text: str) -> Token:
-    return Token(token.id, text, token.logprob, token.top, token.rank)
+    return replace(token, text=text)

@@ -33,6 +33,14 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TraceWish:
+    """How much of a trace is wanted: so many tokens in its lists, and the lens on these layers."""
+
+    top: int = 10
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt and how to continue it; every default is resolved."""
 
@@ -43,19 +51,70 @@ class Request:
     seed: int
     logprobs: int | None = None  # candidates listed with each token; None: no logprobs at all
     prompt_logprobs: int | None = None
+    trace: TraceWish | None = None
+    explained: tuple[int, ...] = ()  # positions of the prompt whose tokens are traced, ascending
+    forced_len: int = 0  # so many tokens at the prompt's end count as output
     eos_token_ids: frozenset[int] = frozenset()
     stop_tokens: Mapping[int, int | str] = field(default_factory=dict)  # id -> its stop_reason
     stop_strings: tuple[str, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     dry_breaker_ids: tuple[tuple[int, ...], ...] = ()
+    clarify_token: int | None = None
     skip_special_tokens: bool = True
     stream: bool = False  # deliver as text appears, not once at the end
     priority: int = 0  # lower is sooner
     cache_salt: str = ""  # only requests with the same salt share cached blocks
     arrival_s: float = 0.0  # time.monotonic() when it came in
 
+    @property
+    def probes(self) -> bool:
+        """Does it want to look into the model?"""
+        return self.params.reads_attention or bool(self.trace and self.trace.layers)
+
 
 # -- messages from the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Probability:
+    """A token and its probability."""
+
+    token_id: int
+    prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageTrace:
+    """What a stage that acted left: how many tokens, without how much of the mass before it."""
+
+    stage: str
+    candidates: int
+    removed: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """What a layer alone would say next, likeliest first. Layer 0 is the embedding."""
+
+    layer: int
+    top: tuple[Probability, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """A row's way through the pipeline. Entropy is in nats, both lists are likeliest first."""
+
+    entropy: float  # of the model's own distribution
+    varentropy: float
+    temperature: float  # all that the logits were divided by; 0: the likeliest token was taken
+    stages: tuple[StageTrace, ...]
+    before: tuple[Probability, ...]
+    after: tuple[Probability, ...]
+    rank: int  # the chosen token's place in the model's own distribution, from 1
+    prob_before: float
+    prob_after: float
+    uniform: float | None
+    layers: tuple[LayerTrace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +126,7 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # the likeliest (token id, logprob), best first
     rank: int | None = None  # 1 for the likeliest; filled for prompt tokens
+    trace: TokenTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +140,7 @@ class Delta:
     prompt: tuple[Token, ...] = ()  # the first delta of a choice, if prompt logprobs were asked for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    explained: tuple[tuple[int, Token], ...] = ()  # with their positions; whole, at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +226,7 @@ class Group:
     live: list[Sequence]
     finished: list[Sequence] = field(default_factory=list)
     prompt: list[Token] = field(default_factory=list)
+    explained: dict[int, Token] = field(default_factory=dict)  # by position
     cached_tokens: int = 0
     num_preemptions: int = 0
     scheduled_s: float = 0.0
@@ -208,6 +270,22 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Signals:
+    """What some filters want to know of the rows besides their logits.
+
+    entropy and varentropy [R, 1] are of the model's own distribution, in bits. attention [R, 4] is
+    of the last layer's newest query: see `engine.core`. Rows that want none hold zeros.
+    """
+
+    entropy: Tensor
+    varentropy: Tensor
+    attention: Tensor
+
+    def select(self, index: Tensor) -> "Signals":
+        return Signals(self.entropy[index], self.varentropy[index], self.attention[index])
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The logits rows of a step: the lane that wants each, and how far its sequence has come.
 
@@ -220,6 +298,7 @@ class Rows:
     max_len: int  # of the longest sequence
     lanes: Tensor  # [R] int64
     positions: Tensor  # [R] int64
+    signals: Signals | None = None
 
     @classmethod
     def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":
@@ -237,4 +316,5 @@ class Rows:
             self.max_len,
             self.lanes[index],
             self.positions[index],
+            None if self.signals is None else self.signals.select(index),
         )

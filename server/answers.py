@@ -9,7 +9,7 @@ from typing import Any
 from engine.prepare import ModelInfo
 from engine.text import Detokenizer
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Finished, Request, Token
+from engine.types import Delta, Finished, Probability, Request, Token, TokenTrace
 from server import __version__
 from server.schemas import (
     ChatChoice,
@@ -20,7 +20,9 @@ from server.schemas import (
     CompletionRequest,
     GenerationRequest,
     TokenLogprob,
+    TokenTraceBody,
     TopLogprob,
+    TracedToken,
     Usage,
 )
 
@@ -123,6 +125,10 @@ class Choices:
             return f"token_id:{token_id}"
         return self.tokenizer.text_of(token_id)
 
+    def traces(self, tokens: Sequence[Token]) -> list[TokenTraceBody]:
+        """Each token's trace."""
+        return [trace_body(t, t.trace, self.tokenizer) for t in tokens if t.trace is not None]
+
     def prompt_texts(self, prompt_ids: Sequence[int]) -> list[str]:
         """What each prompt token adds to the echoed text."""
         detokenizer = Detokenizer(self.tokenizer, self.body.skip_special_tokens)
@@ -163,7 +169,7 @@ class CompletionChoices(Choices):
     def format_chunk(self, delta: Delta) -> list[CompletionChoice]:
         """What is new of a choice, if anything can be seen of it."""
         choice = self.format(delta)
-        tokens = choice["logprobs"] or choice.get("token_ids")
+        tokens = choice["logprobs"] or choice.get("token_ids") or choice.get("trace")
         news = choice["text"] or choice["finish_reason"] or (tokens and delta.tokens)
         return [choice] if news else []
 
@@ -198,6 +204,8 @@ class CompletionChoices(Choices):
                 choice["prompt_token_ids"] = list(prompt_ids)
         if starts and self.body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self.prompt_logprobs(delta.prompt)
+        if self.body.trace is not None:
+            choice["trace"] = self.traces(delta.tokens)
         return choice
 
     def _own(self, token: Token, piece: str) -> str:
@@ -260,7 +268,7 @@ class ChatChoices(Choices):
                 "finish_reason": None,
             }
             chunks.append(role)
-        listed = self.body.logprobs or self.body.return_token_ids
+        listed = self.body.logprobs or self.body.return_token_ids or self.body.trace
         if delta.text or (delta.tokens and listed):
             text = self._around(replace(delta, finish_reason=None))
             text["delta"] = {"content": delta.text}
@@ -282,6 +290,8 @@ class ChatChoices(Choices):
             choice["stop_reason"] = delta.stop_reason
         if self.body.return_token_ids:
             choice["token_ids"] = [token.id for token in delta.tokens]
+        if self.body.trace is not None:
+            choice["trace"] = self.traces(delta.tokens)
         return choice
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
@@ -299,6 +309,37 @@ class ChatChoices(Choices):
             "logprob": finite(logprob),
             "bytes": None if special else list(self.tokenizer.bytes_of(token_id)),
         }
+
+
+def trace_body(token: Token, trace: TokenTrace, tokenizer: Tokenizer) -> TokenTraceBody:
+    """A token's trace in the API's words."""
+
+    def named(top: Sequence[Probability]) -> list[TracedToken]:
+        return [
+            {"token_id": one.token_id, "token": tokenizer.text_of(one.token_id), "prob": one.prob}
+            for one in top
+        ]
+
+    body: TokenTraceBody = {
+        "token_id": token.id,
+        "token": tokenizer.text_of(token.id),
+        "rank": trace.rank,
+        "prob_before": trace.prob_before,
+        "prob_after": trace.prob_after,
+        "entropy": trace.entropy,
+        "varentropy": trace.varentropy,
+        "temperature": trace.temperature,
+        "uniform": trace.uniform,
+        "stages": [
+            {"stage": s.stage, "candidates": s.candidates, "removed": s.removed}
+            for s in trace.stages
+        ],
+        "top_before": named(trace.before),
+        "top_after": named(trace.after),
+    }
+    if trace.layers:
+        body["layers"] = [{"layer": one.layer, "top": named(one.top)} for one in trace.layers]
+    return body
 
 
 def finite(value: float) -> float:

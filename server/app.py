@@ -19,7 +19,7 @@ from server.config import ServerConfig
 from server.errors import ApiError, respond
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import chat, completions, health, models
+from server.routes import chat, completions, explain, health, models
 from server.schemas import ErrorBody
 from server.state import ServerState
 
@@ -56,7 +56,7 @@ def create_app(
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.server = state
-    for module in (completions, chat, models, health):
+    for module in (completions, chat, explain, models, health):
         app.include_router(module.router)
     for kind in (RequestValidationError, ValidationError, HTTPException, ApiError, EngineError):
         app.add_exception_handler(kind, respond)

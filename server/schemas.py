@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from engine.params import Integer, SamplingParams, StrictModel, TokenId, clash
+from engine.types import TraceWish
 
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 MAX_LOGPROBS = 20
@@ -55,7 +56,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "dola_relative_top": (),
     "early_stopping": (False,),
     "ebnf": (),
-    "entropix": (),
     "grammar": (),
     "guidance_scale": (1,),
     "guided_choice": (),
@@ -88,7 +88,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "t_max_predict_ms": (),
     "thinking_token_budget": (),
-    "trace": (False,),
     "use_beam_search": (False,),
     "watermark": (False,),
 }
@@ -112,6 +111,34 @@ class StreamOptions(StrictModel):
                 self,
             )
         return self
+
+
+class TraceOptions(StrictModel):
+    """How much of a trace is wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top: Integer = Field(default=10, ge=1, le=100, description="Tokens in each list.")
+    layers: list[Integer] = Field(
+        default=[],
+        max_length=256,
+        description="Also what these layers alone would say next; 0 is the embedding.",
+    )
+
+    @property
+    def wish(self) -> TraceWish:
+        return TraceWish(self.top, tuple(self.layers))
+
+
+def _trace_options(value: object) -> object:
+    """true as all defaults, false as nothing."""
+    return {} if value is True else None if value is False else value
+
+
+Trace = Annotated[
+    TraceOptions | None,
+    BeforeValidator(_trace_options, json_schema_input_type=bool | TraceOptions | None),
+]
 
 
 class GenerationRequest(SamplingParams):
@@ -163,6 +190,12 @@ class GenerationRequest(SamplingParams):
         description="Report each prompt token's logprob and rank, with this many of the "
         "likeliest tokens in its place. Not with `stream`.",
         examples=[1],
+    )
+    trace: Trace = Field(
+        default=None,
+        description="Tell, for each token, what every stage of the pipeline did to its "
+        'distribution: true, or `{"top": 10, "layers": [..]}`.',
+        examples=[True],
     )
     return_token_ids: bool = Field(
         default=False, description="Add `prompt_token_ids` and each choice's `token_ids`."
@@ -433,6 +466,40 @@ class ChatCompletionRequest(GenerationRequest):
 # -- the other routes
 
 
+def _text_or_ids(value: Any) -> Any:
+    ids = _token_ids(value) if isinstance(value, list) else None
+    if isinstance(value, str) or ids:
+        return value if ids is None else ids
+    raise PydanticCustomError("invalid_type", "Input should be a string or a list of token ids")
+
+
+class ExplainRequest(SamplingParams):
+    """The body of POST /v1/explain. Unknown fields are kept apart."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(default=None, description="Name of the served model.")
+    prompt: Annotated[Prompt, BeforeValidator(_text_or_ids)] = Field(
+        description="Text or token ids.", examples=["The capital of France is"]
+    )
+    continuation: Annotated[Prompt | None, BeforeValidator(_text_or_ids)] = Field(
+        default=None,
+        description="Text or token ids that count as output, as if they had been drawn.",
+        examples=[" Paris"],
+    )
+    positions: list[Integer] | None = Field(
+        default=None,
+        min_length=1,
+        description="Positions in prompt and continuation whose tokens are explained; the one "
+        "behind the end is drawn. Default: those of the continuation, or the one behind the end.",
+        examples=[[4, 5]],
+    )
+    trace: Trace = Field(default=TraceOptions(), description="As in /v1/completions.")
+    add_special_tokens: bool = Field(
+        default=True, description="Encode the prompt with the special tokens the tokenizer adds."
+    )
+
+
 class TokenizeRequest(StrictModel):
     """The body of POST /tokenize: either a prompt or messages."""
 
@@ -468,7 +535,13 @@ class DetokenizeRequest(StrictModel):
     tokens: list[TokenId] = Field(description="Token ids to decode.")
 
 
-REQUESTS = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+REQUESTS = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    ExplainRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 # -- answers
@@ -494,6 +567,58 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
+class TracedToken(TypedDict):
+    token_id: int
+    token: str
+    prob: float
+
+
+class TracedStage(TypedDict):
+    stage: str
+    candidates: int
+    removed: float
+
+
+class TracedLayer(TypedDict):
+    layer: int
+    top: list[TracedToken]
+
+
+class TokenTraceBody(TypedDict):
+    """A token's way through the pipeline; entropy in nats, lists likeliest first."""
+
+    token_id: int
+    token: str
+    rank: int
+    prob_before: float
+    prob_after: float
+    entropy: float
+    varentropy: float
+    temperature: float
+    uniform: float | None
+    stages: list[TracedStage]
+    top_before: list[TracedToken]
+    top_after: list[TracedToken]
+    layers: NotRequired[list[TracedLayer]]
+
+
+class ExplainedPosition(TypedDict):
+    position: int
+    forced: bool
+    trace: TokenTraceBody
+
+
+class Explanation(TypedDict):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    token_ids: list[int]
+    positions: list[ExplainedPosition]
+    usage: Usage
+
+
 class CompletionChoice(TypedDict):
     index: int
     text: str
@@ -503,6 +628,7 @@ class CompletionChoice(TypedDict):
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
+    trace: NotRequired[list[TokenTraceBody]]
 
 
 class Completion(TypedDict):
@@ -544,6 +670,7 @@ class ChatChoice(TypedDict):
     finish_reason: str | None
     stop_reason: NotRequired[int | str | None]
     token_ids: NotRequired[list[int]]
+    trace: NotRequired[list[TokenTraceBody]]
 
 
 class ChatCompletion(TypedDict):

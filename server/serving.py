@@ -65,7 +65,7 @@ def check_logprobs(
 
 
 def sampling_params(
-    body: GenerationRequest, defaults: dict[str, Any], max_tokens: int | None = None
+    body: SamplingParams, defaults: dict[str, Any], max_tokens: int | None = None
 ) -> SamplingParams:
     """The request's own parameters over the model's defaults, and `max_tokens` over both."""
     given = {

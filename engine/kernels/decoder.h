@@ -152,6 +152,11 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
             }
             if (is_query) {
                 std::memcpy(b.q + (token * d.heads + head) * d.dim, rows[r], d.dim * sizeof(float));
+                const int64_t probe = s.probed ? s.probed[token] : -1;
+                if (probe >= 0) {
+                    const int64_t at = ((&layer - d.layers) * s.num_probed + probe) * d.heads + head;
+                    std::memcpy(s.queries + at * d.dim, rows[r], d.dim * sizeof(float));
+                }
                 continue;
             }
             const int64_t kv_head = (head - d.heads) % d.kv_heads;
@@ -177,7 +182,13 @@ INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64
     }
 }
 
-INLINE void embed(const Decoder& d, int64_t token_id, float* x) {
+INLINE void embed(const Step& s, int64_t token, float* x) {
+    const Decoder& d = *s.decoder;
+    if (s.replaced && s.replaced[token] >= 0) {
+        std::memcpy(x, s.inputs + s.replaced[token] * d.hidden, d.hidden * sizeof(float));
+        return;
+    }
+    const int64_t token_id = s.token_ids[token];
     if (!d.embedding) {
         dequantize_row(d.head, token_id, x);
         return;
@@ -195,6 +206,14 @@ INLINE void find_angles(const Decoder& d, int64_t position, float* cosine, float
     }
 }
 
+// Keep what goes into a layer, if somebody wants to know.
+INLINE void probe(const Step& s, int64_t layer, int64_t token, const float* x) {
+    const int64_t row = s.probed ? s.probed[token] : -1;
+    if (row < 0) return;
+    const int64_t hidden = s.decoder->hidden;
+    std::memcpy(s.states + (layer * s.num_probed + row) * hidden, x, hidden * sizeof(float));
+}
+
 // What one thread does.
 template <class T>
 void run_layers(const Step& s, const Buffers& b) {
@@ -203,7 +222,7 @@ void run_layers(const Step& s, const Buffers& b) {
     Walker walker = {b.phases};
     walker.run(num_tokens, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
         for (int64_t t = first; t < last; ++t) {
-            embed(d, s.token_ids[t], b.x + t * d.hidden);
+            embed(s, t, b.x + t * d.hidden);
             find_angles(d, s.positions[t], b.cosine + t * d.dim, b.sine + t * d.dim);
         }
     });
@@ -211,13 +230,12 @@ void run_layers(const Step& s, const Buffers& b) {
         const Layer& layer = d.layers[l];
         const Attention a = {layer.keys, layer.values, s.spans, s.blocks, s.num_spans, d.heads,
                              d.kv_heads, d.dim, d.dim, d.block_size, layer.window, d.scale};
-        auto normed = [&](const float* weight) INLINE_LAMBDA {
-            walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-                for (int64_t t = first; t < last; ++t)
-                    norm_and_quantize(b.x + t * d.hidden, weight, d.eps, b.normed, t);
-            });
-        };
-        normed(layer.attention_norm);
+        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t t = first; t < last; ++t) {
+                probe(s, l, t, b.x + t * d.hidden);
+                norm_and_quantize(b.x + t * d.hidden, layer.attention_norm, d.eps, b.normed, t);
+            }
+        });
         walker.run(d.heads + 2 * d.kv_heads, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t head = first; head < last; ++head) project<T>(s, layer, a, b, head);
         });
@@ -240,7 +258,10 @@ void run_layers(const Step& s, const Buffers& b) {
         walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t p = first; p < last; ++p) add_product(layer.out, b.attended, num_tokens, b.x, p);
         });
-        normed(layer.mlp_norm);
+        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t t = first; t < last; ++t)
+                norm_and_quantize(b.x + t * d.hidden, layer.mlp_norm, d.eps, b.normed, t);
+        });
         walker.run(d.inner / kGroup, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t g = first; g < last; ++g) gate(layer, b, num_tokens, g);
         });
@@ -251,6 +272,7 @@ void run_layers(const Step& s, const Buffers& b) {
     walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
         for (int64_t t = first; t < last; ++t) {
             const float* x = b.x + t * d.hidden;
+            probe(s, d.num_layers, t, x);
             const float factor = root_mean_square(x, d.hidden, d.eps);
             for (int64_t i = 0; i < d.hidden; i += kLanes)
                 store(s.hidden + t * d.hidden + i, load(x + i) * factor * load(d.norm + i));

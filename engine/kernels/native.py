@@ -118,6 +118,12 @@ class Step(Structure):
         ("num_spans", c_int64),
         ("hidden", c_void_p),
         ("scratch", c_void_p),
+        ("probed", c_void_p),
+        ("num_probed", c_int64),
+        ("states", c_void_p),
+        ("queries", c_void_p),
+        ("replaced", c_void_p),
+        ("inputs", c_void_p),
     )
 
 

@@ -75,6 +75,14 @@ struct Step {
     const Span* spans;
     const int64_t* blocks;
     int64_t num_tokens, num_spans;
-    float* hidden;   // [T, H], the result
+    float* hidden;     // [T, H], the result
     uint8_t* scratch;  // as many bytes as `scratch_bytes` says
+    // What goes into each layer and out of the last, and each layer's queries, of n of the tokens.
+    const int64_t* probed;  // [T]: which of the n a token is, or -1; null: none is wanted
+    int64_t num_probed;
+    float* states;   // [layers + 1, n, H]
+    float* queries;  // [layers, n, Hq D]
+    // Inputs that take the place of embeddings.
+    const int64_t* replaced;  // [T]: which of `inputs` a token has, or -1; null: none
+    const float* inputs;      // [m, H]
 };

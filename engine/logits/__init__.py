@@ -5,6 +5,7 @@ from engine.logits.allowed_tokens import AllowedTokens
 from engine.logits.bad_words import BadWords
 from engine.logits.cutoffs import EpsilonCutoff, EtaCutoff
 from engine.logits.dry import Dry
+from engine.logits.entropix import Entropix
 from engine.logits.entropy_temperature import EntropyTemperature
 from engine.logits.eos_length import EosLengthPenalty, ExponentialDecayLengthPenalty
 from engine.logits.logit_bias import LogitBias
@@ -52,6 +53,7 @@ STAGES: tuple[type[Stage], ...] = (
     EtaCutoff,
     Mirostat,
     Xtc,
+    Entropix,
 )
 
 # Other orders of the filters, so that users of these programs get what they are used to. Filters
@@ -73,6 +75,7 @@ ORDERS: dict[str, tuple[type[Stage], ...]] = {
         EtaCutoff,
         Mirostat,
         Xtc,
+        Entropix,
     ),
     "llama.cpp": (
         TopNSigma,
@@ -90,5 +93,6 @@ ORDERS: dict[str, tuple[type[Stage], ...]] = {
         AdaptTemperature,
         Temperature,
         Mirostat,
+        Entropix,
     ),
 }

@@ -30,6 +30,8 @@ class Candidates:
         self.temperature = torch.ones(rows, device=raw.device)
         self.tail = torch.full(rows, self.width < raw.shape[1], device=raw.device)
         self.unsure = torch.zeros(rows, dtype=torch.bool, device=raw.device)
+        self.num_draws: Tensor | None = None  # [R]: the likeliest of so many draws is taken
+        self.redrawn: Tensor | None = None  # [R] bool: the second draw counts, without the first
         self._logits: Tensor | None = None
         self._whole = torch.ones(rows, dtype=torch.bool, device=raw.device)  # nothing dropped yet
         self._cold: Tensor | None = None  # [R] bool: where a temperature near 0 was asked for
@@ -169,6 +171,28 @@ class Candidates:
 
     def _drop(self, mask: Tensor) -> None:
         self._logits = self.logits.masked_fill(mask, NEG_INF)
+        self._forget()
+
+    def draw_often(self, count: Tensor, again: Tensor) -> None:
+        """Take the likeliest of `count` [R, 1] draws; `again` [R, 1]: not the first drawn token."""
+        self.num_draws, self.redrawn = count.squeeze(1), again.squeeze(1)
+
+    def force(self, where: Tensor, token_ids: Tensor) -> None:
+        """Leave only one token [R, 1] in some rows [R, 1], unless it has been banned."""
+        known = token_ids.clamp(min=0)
+        where = where & (self.raw.gather(1, known) > NEG_INF)
+        logits = self.logits.masked_fill(where, NEG_INF)
+        values, ids = self._best
+        # A token that is no candidate takes the place of the first one.
+        is_it = ids == known
+        is_it[:, 0] |= ~is_it.any(1)
+        is_it &= where
+        self.__dict__["_best"] = values, torch.where(is_it, known, ids)
+        self._logits = logits.masked_fill(is_it, 0.0)
+        forced = where.squeeze(1)
+        self.tail &= ~forced
+        self._whole &= ~forced
+        self.unsure &= ~forced
         self._forget()
 
     def _forget(self) -> None:

@@ -1,6 +1,7 @@
 """Min-p: Nguyen et al., 2024, arXiv:2407.01082."""
 
 import torch
+from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
@@ -21,6 +22,11 @@ class MinP(Filter):
         return request.params.min_p > 0.0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
-        # p >= min_p * p_max  <=>  logit >= logit_max + log(min_p), so no softmax is needed.
         min_p = self.min_p.at(rows)
-        candidates.keep_above(candidates.top + min_p.log(), active=min_p > 0.0)
+        keep_min_p(candidates, min_p, active=min_p > 0.0)
+
+
+def keep_min_p(candidates: Candidates, min_p: Tensor, active: Tensor) -> None:
+    """Drop tokens less than `min_p` [R, 1] times as likely as the likeliest."""
+    # p >= min_p * p_max  <=>  logit >= logit_max + log(min_p), so no softmax is needed.
+    candidates.keep_above(candidates.top + min_p.log(), active=active)

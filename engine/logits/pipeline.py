@@ -99,6 +99,16 @@ class Pipeline:
                 parts.append(Filtered(inner, part.rows, part.candidates))
         return parts
 
+    def stages_of(self, lane: int) -> tuple[list[Stage], list[Stage]]:
+        """The transforms and the filters that a lane wants, in its order."""
+        wanted = set(np.flatnonzero(self.wanted[:, lane]).tolist())
+        order = self.orders[self._order_of[lane]]
+        transforms, filters = (
+            [self.stages[index] for index in indices if index in wanted]
+            for indices in (self.transforms, order)
+        )
+        return transforms, filters
+
     def observe(self, part: Filtered, tokens: Tensor) -> None:
         """Tell the filters that want to know which tokens [R] were drawn."""
         for stage in self._wanted_of(self.orders[0], part.rows):

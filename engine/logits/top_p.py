@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
@@ -28,11 +29,20 @@ class TopP(Filter):
         return request.params.top_p < 1.0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
-        top_p, inclusive = self.top_p.at(rows), self.inclusive.at(rows)
-        mass = candidates.probs.cumsum(1)
-        above = F.pad(mass[:, :-1], (1, 0))
-        keep = (above < top_p) | (inclusive & (above <= top_p))
-        keep |= candidates.alive.cumsum(1) <= 1
-        mass = mass[:, -1:]
-        inside = (mass > top_p) | (~inclusive & (mass >= top_p))
-        candidates.keep(keep, active=top_p < 1.0, inside=inside)
+        top_p = self.top_p.at(rows)
+        keep_top_p(candidates, top_p, top_p < 1.0, self.inclusive.at(rows))
+
+
+def keep_top_p(
+    candidates: Candidates, top_p: Tensor, active: Tensor, inclusive: Tensor | None = None
+) -> None:
+    """Keep the fewest likeliest tokens of mass `top_p` [R, 1]."""
+    if inclusive is None:
+        inclusive = torch.zeros_like(active)
+    mass = candidates.probs.cumsum(1)
+    above = F.pad(mass[:, :-1], (1, 0))
+    keep = (above < top_p) | (inclusive & (above <= top_p))
+    keep |= candidates.alive.cumsum(1) <= 1
+    mass = mass[:, -1:]
+    inside = (mass > top_p) | (~inclusive & (mass >= top_p))
+    candidates.keep(keep, active=active, inside=inside)

@@ -1,6 +1,6 @@
 """What the engine needs to know of a model, whatever runs it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +25,41 @@ class KVShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Query:
+    """What a layer's attention asked with, for some tokens of a step: q [n, Hq, D]."""
+
+    q: Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(slots=True)
+class Probe:
+    """What a step should keep of n of its tokens, for those who look into the model.
+
+    The model fills in `states` [layers + 1, n, H] float32, what goes into each layer and out of the
+    last one, before the final norm; and `queries`, one for each layer.
+    """
+
+    rows: Tensor  # [n] int64, of this step's tokens
+    states: Tensor | None = None
+    queries: list[Query] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardInput:
-    """One step's tokens, [T] int64 each, and how they attend. Made by the runner, read by all."""
+    """One step's tokens, [T] int64 each, and how they attend. Made by the runner, read by all.
+
+    `replaced` [m] int64 are tokens whose embeddings `inputs` [m, H] take the place of.
+    """
 
     token_ids: Tensor
     positions: Tensor
     attention: Any  # the plan of the attention backend
+    probe: Probe | None = None
+    replaced: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 class Model(Protocol):
@@ -40,6 +69,7 @@ class Model(Protocol):
     context_len: int  # the longest sequence it was made for
     dtype: torch.dtype
     kv_shapes: list[KVShape]  # one per layer that attends
+    has_lens: bool  # can a probe keep its states, and `final_norm` read them?
 
     def forward(
         self, inputs: ForwardInput, cache: list[LayerCache], attention: Attention
@@ -49,6 +79,10 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, H] to logits [R, V] float32."""
+        ...
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """What a probe kept of a layer [*, H] as hidden states that `logits` takes."""
         ...
 
 

@@ -4,13 +4,14 @@ import ctypes
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import Attention
 from engine.attention.torch_paged import LayerCache
 from engine.kernels import native
 from engine.kernels.quantized import GROUP, QuantizedLinear
-from engine.models.base import ForwardInput, KVShape
+from engine.models.base import ForwardInput, KVShape, Query
 from engine.models.decoder import DecoderConfig, DecoderLayer
 
 _MAX_DIM = 256  # of a head, in the kernels
@@ -49,16 +50,20 @@ class CpuDecoder:
         self.context_len = config.context_len
         shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
         self.kv_shapes = [shape] * len(layers)
+        self.has_lens = True
         self._library = library
-        self._head = head
-        self._tensors = (layers, norm, embedding, config.inv_freq.contiguous())  # kept alive
+        self.head = head
+        self.norm = norm
+        self._inv_freq = config.inv_freq.contiguous()
+        self.layers = layers
+        self._embedding = embedding  # which the kernels point to
         self._layers = (native.Layer * len(layers))(
             *(_layer(layer, window) for layer, window in zip(layers, config.windows, strict=True))
         )
         self._decoder = native.Decoder(
             layers=self._layers,
             norm=norm.data_ptr(),
-            inv_freq=self._tensors[-1].data_ptr(),
+            inv_freq=self._inv_freq.data_ptr(),
             embedding=None if embedding is None else embedding.data_ptr(),
             head=head.matrix,
             num_layers=len(layers),
@@ -95,16 +100,55 @@ class CpuDecoder:
             num_spans=len(inputs.attention.spans),
             hidden=hidden.data_ptr(),
         )
+        pointed_to = [self._probe(step, inputs), self._replace(step, inputs)]
         needed = self._library.scratch_bytes(step)
         if len(self._scratch) < needed:
             self._scratch = torch.empty(needed, dtype=torch.uint8)
         step.scratch = self._scratch.data_ptr()
         self._library.forward(step)
+        del pointed_to
         return hidden
+
+    def _probe(self, step: native.Step, inputs: ForwardInput) -> list[Tensor]:
+        """Make room for what a probe wants; returns what must live until the step is over."""
+        probe = inputs.probe
+        if probe is None:
+            return []
+        config, count = self.config, len(probe.rows)
+        probed = _places(probe.rows, len(inputs.token_ids))
+        layers = len(self._layers)
+        probe.states = torch.empty(layers + 1, count, config.hidden_size)
+        queries = torch.empty(layers, count, config.num_heads, config.head_dim)
+        scale = config.head_dim**-0.5
+        probe.queries = [
+            Query(q, scale, window) for q, window in zip(queries, config.windows, strict=True)
+        ]
+        step.probed, step.num_probed = probed.data_ptr(), count
+        step.states, step.queries = probe.states.data_ptr(), queries.data_ptr()
+        return [probed, queries]
+
+    def _replace(self, step: native.Step, inputs: ForwardInput) -> list[Tensor]:
+        if inputs.replaced is None or inputs.inputs is None:
+            return []
+        replaced = _places(inputs.replaced, len(inputs.token_ids))
+        values = inputs.inputs.float().contiguous()
+        step.replaced, step.inputs = replaced.data_ptr(), values.data_ptr()
+        return [replaced, values]
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """What a probe kept of a layer [*, H] as hidden states that `logits` takes."""
+        return F.rms_norm(states, self.norm.shape, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, H] to logits [R, V] float32."""
-        return self._head(hidden)
+        return self.head(hidden)
+
+
+def _places(rows: Tensor, count: int) -> Tensor:
+    """For each of `count` tokens, where it stands in `rows`, or -1."""
+    places = torch.full((count,), -1)
+    places[rows] = torch.arange(len(rows))
+    return places
 
 
 def _layer(layer: DecoderLayer, window: int | None) -> native.Layer:

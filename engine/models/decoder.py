@@ -15,7 +15,7 @@ from engine.attention import Attention
 from engine.attention.torch_paged import LayerCache
 from engine.kernels.linear import Linear
 from engine.kernels.quantized import QuantizedLinear
-from engine.models.base import ForwardInput, Head, KVShape
+from engine.models.base import ForwardInput, Head, KVShape, Query
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class Decoder:
         self.context_len = config.context_len
         shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
         self.kv_shapes = [shape] * len(layers)
+        self.has_lens = True
 
     def forward(
         self, inputs: ForwardInput, cache: list[LayerCache], attention: Attention
@@ -85,8 +86,14 @@ class Decoder:
         angles = inputs.positions.unsqueeze(1) * config.inv_freq
         turns = torch.polar(torch.full_like(angles, config.rope_scale), angles).unsqueeze(1)
         x = F.embedding(inputs.token_ids, self.embedding).to(self.dtype)
+        if inputs.replaced is not None and inputs.inputs is not None:
+            x[inputs.replaced] = inputs.inputs.to(self.dtype)
+        probe, states = inputs.probe, []
         for layer, layer_cache, window in zip(self.layers, cache, config.windows, strict=True):
             q, k, v = self._project(layer, self._normed(x, layer.attention_norm), turns)
+            if probe is not None:
+                states.append(x[probe.rows].float())
+                probe.queries.append(Query(q[probe.rows], config.head_dim**-0.5, window))
             attended = attention.attend(
                 q,
                 k,
@@ -99,7 +106,13 @@ class Decoder:
             x = x + layer.out(attended.flatten(1))
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
+        if probe is not None:
+            probe.states = torch.stack([*states, x[probe.rows].float()])
         return self._normed(x, self.norm)
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """What a probe kept of a layer [*, H] as hidden states that `logits` takes."""
+        return self._normed(states.to(self.dtype), self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, H] to logits [R, V] float32."""

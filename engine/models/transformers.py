@@ -20,7 +20,7 @@ from engine.attention import Attention, choose_attention
 from engine.attention.torch_paged import LayerCache, Span
 from engine.errors import ModelUnavailable
 from engine.kernels.linear import Linear
-from engine.models.base import ForwardInput, Head, KVShape, head_dtype
+from engine.models.base import ForwardInput, Head, KVShape, Query, head_dtype
 
 _NAME = "logitmill"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -157,6 +157,9 @@ class TransformersModel:
             window: int | None,
             softcap: float | None,
         ) -> Tensor:
+            if inputs.probe is not None:
+                kept = q[inputs.probe.rows]
+                inputs.probe.queries.append(Query(kept, scale, window, softcap))
             return attention.attend(
                 q,
                 k,
@@ -168,7 +171,13 @@ class TransformersModel:
                 softcap=softcap,
             )
 
-        return self._run(inputs.token_ids, inputs.positions, paged)
+        return self._run(inputs, paged)
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """What a probe kept of a layer [*, H] as hidden states that `logits` takes."""
+        assert self._norm is not None
+        normed: Tensor = self._norm(states.to(self.dtype))
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, H] to logits [R, V] float32, with the family's own scalings."""
@@ -179,13 +188,49 @@ class TransformersModel:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
-    def _run(self, token_ids: Tensor, positions: Tensor, paged: _Attend) -> Tensor:
+    def _run(self, inputs: ForwardInput, paged: _Attend) -> Tensor:
         self._step.attend = paged
+        ids, probe = inputs.token_ids.unsqueeze(0), inputs.probe
+        tokens = {"input_ids": ids}
+        if inputs.replaced is not None and inputs.inputs is not None:
+            embeds = self._model.get_input_embeddings()(ids)
+            embeds[0, inputs.replaced] = inputs.inputs.to(embeds.dtype)
+            tokens = {"inputs_embeds": embeds}
+        last: list[Tensor] = []
+        hook = None
+        if probe is not None and self._norm is not None:
+            hook = self._norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
         output = self._model.base_model(
-            input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+            **tokens,
+            position_ids=inputs.positions.unsqueeze(0),
+            use_cache=False,
+            output_hidden_states=probe is not None,
         )
+        if hook is not None and probe is not None:
+            hook.remove()
+            # Hugging Face's last one has been through the final norm.
+            states = [*output.hidden_states[:-1], last[-1]]
+            probe.states = torch.stack([state[0, probe.rows].float() for state in states])
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def _final_norm(self, ids: Tensor) -> nn.Module | None:
+        """The module whose output the model's last hidden states are; None if there is none."""
+        outputs: list[tuple[nn.Module, Any]] = []
+        hooks = [
+            module.register_forward_hook(lambda m, _, out: outputs.append((m, out)))
+            for module in self._model.base_model.modules()
+            if "norm" in type(module).__name__.lower()
+        ]
+        last = self._model.base_model(ids).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        same = [
+            module
+            for module, out in outputs
+            if isinstance(out, Tensor) and out.data_ptr() == last.data_ptr()
+        ]
+        return same[-1] if same else None
 
     @torch.inference_mode()
     def _try(self, kind: str, text: Any) -> list[KVShape]:
@@ -195,6 +240,8 @@ class TransformersModel:
         ids = (torch.arange(sum(lengths), device=self._device) * 13 + 1) % span
         parts = ids.split(lengths)
         wanted = torch.cat([self._model(part.unsqueeze(0)).logits[0] for part in parts])
+        self._norm = self._final_norm(parts[0].unsqueeze(0))
+        self.has_lens = self._norm is not None
 
         try:
             self._model.set_attn_implementation(_NAME)
@@ -202,7 +249,7 @@ class TransformersModel:
             raise _outside_interface(kind) from error
         positions = torch.cat([torch.arange(length, device=self._device) for length in lengths])
         shapes = _Shapes({}, set())
-        self._run(ids, positions, shapes)
+        self._run(ForwardInput(ids, positions, None), shapes)
         if sorted(shapes.seen) != list(range(text.num_hidden_layers)):
             raise _outside_interface(kind)
         window = getattr(text, "sliding_window", None)

@@ -55,6 +55,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
             prompt_logprobs=asked,
             skip_special_tokens=body.skip_special_tokens,
             stream=body.stream,
+            trace=None if body.trace is None else body.trace.wish,
         ),
         params,
         label=log.request_id,

@@ -61,6 +61,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             prompt_logprobs=max((n for n in (asked, echoed) if n is not None), default=None),
             skip_special_tokens=body.skip_special_tokens,
             stream=body.stream,
+            trace=None if body.trace is None else body.trace.wish,
         ),
         params,
         label=log.request_id,

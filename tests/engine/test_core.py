@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import engine.core
+from engine.attention.torch_paged import TorchPagedAttention
 from engine.core import EngineCore
 from engine.errors import GenerationFailed
 from engine.strategies.base import Branch, View
@@ -360,8 +361,13 @@ class NotNumbersInTheCache(ScriptedModel):
         return torch.stack(rows)
 
 
-def test_keys_that_are_not_numbers_spoil_no_other_sequence(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_keys_that_are_not_numbers_spoil_no_other_sequence(
+    tokenizer: Tokenizer, plain: bool
+) -> None:
     core = scripted_core(NotNumbersInTheCache(), tokenizer, num_blocks=12)
+    if plain:
+        core.runner.attention = TorchPagedAttention(4, "cpu")
     banned = {"logit_bias": {"99": -100}}
     run(core, request(core, [4] * 6, "first", max_tokens=1))  # had the first blocks
     for index in range(3):

@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 
+from engine.blocks import chain_hash, root_hash
 from engine.core import EngineCore
 from engine.types import Plan, Sequence
 from tests.support.scripted import ScriptedModel
@@ -53,6 +54,13 @@ def _check_blocks(core: EngineCore, running: list[Sequence]) -> None:
         assert len(sequence.block_table) == pool.blocks_for(sequence.num_computed)
         for block, key in zip(sequence.block_table, sequence.block_hashes, strict=False):
             assert pool.hashes[block] in (None, key)
+    for group in (*core.scheduler.running, *core.scheduler.waiting):
+        for sequence in group.live:
+            key = root_hash(group.request.cache_salt)
+            for index, known in enumerate(sequence.block_hashes):
+                first = index * pool.block_size
+                key = chain_hash(key, sequence.token_ids[first : first + pool.block_size])
+                assert known == key
 
 
 def _check_cache(core: EngineCore, running: list[Sequence]) -> None:

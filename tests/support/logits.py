@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from engine.logits.pipeline import Pipeline, dense, run_filters
 from engine.logits.stage import Stage, Transform
 from engine.numerics import NEG_INF
 from engine.params import EXCLUDES, SamplingParams
-from engine.types import Request, Rows
+from engine.types import Request, Rows, Signals
 from engine.vocabulary import Vocabulary
 
 ROW_A = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
@@ -68,6 +68,13 @@ EXAMPLES: dict[str, list[Any]] = {
     "mirostat_tau": [5.0, 1.0, 0.1, 1e300],
     "mirostat_eta": [0.1, 1.0, 1e300],
     "xtc_probability": [1.0, 0.5, 1.0, 0.1],
+    "entropix": [
+        {},
+        {"clarify_token": 5},
+        {"profile": "head", "clarify_token": 5, "low_ent": 0.01},
+        {"high_ent": 2.0, "low_vent": 3.0, "clarify_token": 9},
+        {"low_ent": 5.0, "low_vent": 5.0, "top_k": 3},
+    ],
     "xtc_threshold": [0.1, 0.03, 0.01, 0.05, 0.3, 0.6, 0.0],
 }
 
@@ -101,6 +108,7 @@ class Spec:
             logprobs=self.logprobs,
             eos_token_ids=frozenset({END}),
             stop_tokens={token_id: token_id for token_id in params.stop_token_ids},
+            clarify_token=params.entropix and params.entropix.clarify_token,
             dry_breaker_ids=tuple(BREAKERS.get(word, ()) for word in params.dry_sequence_breakers),
             bad_word_ids=tuple(tuple(map(int, word.split())) for word in params.bad_words),
         )
@@ -159,8 +167,19 @@ def process(stages: Sequence[type[Stage]], specs: Sequence[Spec], logits: Tensor
     return run_pipeline(pipeline, specs, logits, lane_ids)
 
 
+def with_signals(rows: Rows, logits: Tensor) -> Rows:
+    """The rows with what filters may want to know besides; of attention, always the same."""
+    probs = logits.double().softmax(1)
+    surprise = torch.where(probs > 0, -probs.log2(), 0.0)
+    entropy = (probs * surprise).sum(1, keepdim=True)
+    varentropy = (probs * (surprise - entropy) ** 2).sum(1, keepdim=True)
+    attention = torch.tensor([2.0, 0.5, 0.1, 1.5]).expand(len(logits), 4)
+    return replace(rows, signals=Signals(entropy.float(), varentropy.float(), attention))
+
+
 def run_stage(stage: Stage, logits: Tensor, rows: Rows) -> Tensor:
     """The rows [R, V] after one stage, -inf where a token was dropped."""
+    rows = with_signals(rows, logits)
     if isinstance(stage, Transform):
         return stage.apply(logits.clone(), rows)
     return dense(run_filters([stage], logits, rows), logits)
@@ -170,7 +189,7 @@ def run_pipeline(
     pipeline: Pipeline, specs: Sequence[Spec], logits: Tensor, lane_ids: list[int]
 ) -> Tensor:
     """The rows [R, V] after all stages, -inf where a token was dropped."""
-    rows = rows_of(specs, lane_ids)
+    rows = with_signals(rows_of(specs, lane_ids), logits)
     logits = pipeline.transform(logits, rows)
     drawn = [row for row, spec in enumerate(specs) if not spec.request.params.greedy]
     if not drawn:

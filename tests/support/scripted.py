@@ -25,6 +25,7 @@ class ScriptedModel:
 
     dtype = torch.float32
     kv_shapes = (KVShape(1, _DIM, _DIM),)
+    has_lens = False
 
     def __init__(
         self,
@@ -52,6 +53,9 @@ class ScriptedModel:
             torch.zeros_like(kept), kept, kept, cache[0], inputs.attention, scale=1.0
         )
         return torch.stack((ids, inputs.positions.float(), seen[:, 0, 2]), dim=1)
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.num_rows += len(hidden)

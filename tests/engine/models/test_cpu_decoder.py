@@ -54,11 +54,11 @@ def loaded(folder: Path, library: native.Library, cache: torch.dtype) -> CpuDeco
 
 def reference(model: CpuDecoder, hf: Any) -> Decoder:
     """The same layers, run by torch; only the products are the kernels'."""
-    layers, norm, *_ = model._tensors
+    layers, norm = model.layers, model.norm
     table: Tensor = hf.get_input_embeddings().weight.data
     tied = hf.config.tie_word_embeddings
     embedding = Groups.of(table).floats() if tied else table.bfloat16().float()
-    return Decoder(model.config, embedding, layers, norm, model._head)
+    return Decoder(model.config, embedding, layers, norm, model.head)
 
 
 def distance(got: Tensor, want: Tensor) -> float:

@@ -1,0 +1,133 @@
+"""What each stage of the pipeline did to one row, for people who want to see it.
+
+A trace runs the row's stages once more, one after the other, and looks in between. It changes
+nothing, and rows that are not traced do not pay for it.
+"""
+
+import re
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.candidates import Candidates
+from engine.logits.pipeline import Pipeline, run_transforms
+from engine.logits.stage import Filter, Stage
+from engine.numerics import NEG_INF, best, log_sum_exp
+from engine.rng import Domain, uniform
+from engine.types import LayerTrace, Probability, Rows, StageTrace, TokenTrace
+
+
+def trace_row(
+    pipeline: Pipeline, lanes: Lanes, raw: Tensor, rows: Rows, token_id: int, top: int, greedy: bool
+) -> TokenTrace:
+    """The way of one row, raw [1, V] float32, to the token that was chosen from it.
+
+    To be called before the pipeline observes the token.
+    """
+    transforms, filters = pipeline.stages_of(rows.host_lanes[0])
+    stages: list[StageTrace] = []
+    logits = raw
+    for count in range(1, len(transforms) + 1):
+        after = run_transforms(transforms[:count], raw.clone(), rows)
+        if not torch.equal(after, logits):
+            stages.append(_step(transforms[count - 1], logits, after))
+        logits = after
+    candidates = _filtered(filters, logits, rows, stages)
+    final = candidates.logits.double() - candidates.total
+    if candidates.tail.any():
+        whole = candidates.dense()
+        final, ids = best(whole, whole.shape[1])
+        final = final.double() - candidates.total
+    else:
+        ids = candidates.ids
+    probs = final[0].exp()
+    entropy, varentropy = _moments(raw)
+    own = raw[0, token_id] if token_id >= 0 else raw[0].amax()
+    before, shift = log_sum_exp(raw)
+    held = ids[0] == token_id
+    return TokenTrace(
+        entropy=entropy,
+        varentropy=varentropy,
+        temperature=0.0 if greedy else float(candidates.temperature[0]),
+        stages=tuple(stages),
+        before=_likeliest(raw, top),
+        after=_top(ids[0], probs, top),
+        rank=int((raw[0] > own).sum()) + 1,
+        prob_before=float((own - before[0, 0] - shift[0, 0]).exp()),
+        prob_after=1.0 if greedy else float(probs[held].sum()),
+        uniform=None if greedy else _uniform(lanes, rows, token_id),
+    )
+
+
+def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace, ...]:
+    """The likeliest next tokens of chosen layers, from their logits [n, V]: the logit lens."""
+    return tuple(
+        LayerTrace(layer, _likeliest(logits[index, None], top))
+        for index, layer in enumerate(layers)
+    )
+
+
+def _filtered(
+    filters: Seq[Stage], logits: Tensor, rows: Rows, stages: list[StageTrace]
+) -> Candidates:
+    """Run the filters, noting what each of them does, and again if they need all tokens."""
+    for width in (None, logits.shape[1]):
+        candidates = Candidates(logits, width)
+        noted: list[StageTrace] = []
+        for stage in filters:
+            assert isinstance(stage, Filter)
+            before, count = candidates.total, int(candidates.count)
+            warmth = float(candidates.temperature[0])
+            stage.apply(candidates, rows)
+            if float(candidates.temperature[0]) != warmth:
+                noted.append(StageTrace(_name(stage), int(candidates.count), 0.0))
+            elif int(candidates.count) != count:
+                left = float((candidates.total - before).exp())
+                noted.append(StageTrace(_name(stage), int(candidates.count), max(1.0 - left, 0.0)))
+        candidates.settle()
+        if not bool(candidates.unsure.any()):
+            break
+    stages += noted
+    return candidates
+
+
+def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:
+    """What a transform did: tokens left, and the mass of those it banned."""
+    alive = after > NEG_INF
+    probs = before.double().softmax(1)
+    removed = float(probs[~alive].sum())
+    return StageTrace(_name(stage), int(alive.sum()), removed)
+
+
+def _name(stage: Stage) -> str:
+    """NoRepeatNgram as no_repeat_ngram."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(stage).__name__).lower()
+
+
+def _moments(raw: Tensor) -> tuple[float, float]:
+    """Entropy in nats and varentropy in nats² of a row's softmax."""
+    logprobs = raw[0].double().log_softmax(0)
+    probs = logprobs.exp()
+    surprise = torch.where(probs > 0.0, -logprobs, 0.0)
+    entropy = float((probs * surprise).sum())
+    return entropy, float((probs * (surprise - entropy) ** 2).sum())
+
+
+def _likeliest(logits: Tensor, top: int) -> tuple[Probability, ...]:
+    values, ids = best(logits, top)
+    largest, shift = log_sum_exp(logits)
+    return _top(ids[0], (values - largest - shift)[0].exp(), top)
+
+
+def _top(ids: Tensor, probs: Tensor, top: int) -> tuple[Probability, ...]:
+    alive = (probs > 0.0).nonzero().flatten()[:top]
+    pairs = zip(ids[alive].tolist(), probs[alive].tolist(), strict=True)
+    return tuple(Probability(token_id, prob) for token_id, prob in pairs)
+
+
+def _uniform(lanes: Lanes, rows: Rows, token_id: int) -> float:
+    """The number in (0, 1) that the chosen token's Gumbel noise was made of."""
+    ids = torch.tensor([token_id], device=rows.positions.device)
+    return float(uniform(lanes.seeds[rows.lanes], rows.positions, ids, Domain.TOKEN))
