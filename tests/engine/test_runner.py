@@ -45,7 +45,8 @@ def test_single_tokens_come_first_and_rows_are_found_by_sequence(tokenizer: Toke
         chunk(tokenizer, 4, 2, [5, 6]),
         chunk(tokenizer, 2, 1, [3]),
     ]
-    hidden, first_rows = Runner(model, 8, 4, "cpu").forward(Plan(chunks, []))
+    forwarded = Runner(model, 8, 4, "cpu").forward(Plan(chunks, []))
+    hidden, first_rows = forwarded.hidden, forwarded.first_rows
 
     assert model.inputs.token_ids.tolist() == [32, 17, 40, 41, 42, 54, 55]
     assert model.inputs.positions.tolist() == [2, 7, 0, 1, 2, 4, 5]

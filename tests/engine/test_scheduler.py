@@ -251,9 +251,12 @@ def test_only_a_shared_block_with_room_is_copied_and_one_writer_keeps_it(
     assert len({table[full] for table in tables}) == n
 
 
-def test_choices_share_the_blocks_and_the_prefill_of_the_prompt(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("options", [{"n": 4}, {"n": 2, "best_of": 4}])
+def test_choices_share_the_blocks_and_the_prefill_of_the_prompt(
+    tokenizer: Tokenizer, options: dict[str, int]
+) -> None:
     core = core_of(tokenizer)
-    submit(core, 16, n=4, temperature=1.0, seed=1)
+    submit(core, 16, temperature=1.0, seed=1, **options)
     plans = record_plans(core)
     pool = core.scheduler.pool
 
