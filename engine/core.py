@@ -69,7 +69,9 @@ class EngineCore:
         self.mode = config.logprobs_mode
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runner = Runner(model, num_blocks, config.block_size, device)
-        vocabulary = Vocabulary(lambda: [tokenizer.text_of(i) for i in range(self.vocab_size)])
+        vocabulary = Vocabulary(
+            lambda: [tokenizer.text_of(i) for i in range(self.vocab_size)], device
+        )
         self.lanes = Lanes(config.max_num_seqs, context_len, device, vocabulary)
         self.sampler = Sampler(self.lanes, Pipeline(STAGES, self.lanes, ORDERS), self.mode)
         self.scheduler = Scheduler(

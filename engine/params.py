@@ -42,7 +42,7 @@ def _one_or_many(value: object) -> object:
 
 def _pair(value: object) -> object:
     """A list of two, which strict pydantic does not take for a tuple."""
-    if value is None or (isinstance(value, list) and len(value) == 2):
+    if value is None or (isinstance(value, list | tuple) and len(value) == 2):
         return None if value is None else tuple(value)
     raise PydanticCustomError("invalid_type", "Input should be a list of two numbers")
 
@@ -513,6 +513,18 @@ EXCLUDES: dict[str, tuple[str, ...]] = {
         "adapt_temperature",
     ),
 }
+
+
+def combinable(defaults: dict[str, Any], own: SamplingParams) -> dict[str, Any]:
+    """Those defaults that can stand beside what somebody asks for himself."""
+    asked = {name for name in SamplingParams.model_fields if own.asks(name)}
+    excluded: set[str] = set()
+    for name, others in EXCLUDES.items():
+        if name in asked:
+            excluded |= set(others) - asked
+        elif asked & set(others):
+            excluded.add(name)
+    return {name: value for name, value in defaults.items() if name not in excluded}
 
 
 def clash(template: str, param: str, model: BaseModel) -> PydanticCustomError:

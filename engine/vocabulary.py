@@ -13,8 +13,9 @@ class Vocabulary:
     `load` is called when a table is first asked for: most servers never need one.
     """
 
-    def __init__(self, load: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, load: Callable[[], Sequence[str]], device: str = "cpu") -> None:
         self._load = load
+        self.device = device
         self.holding = lru_cache(maxsize=64)(self._holding)
 
     @cached_property
@@ -52,4 +53,4 @@ class Vocabulary:
         return self._table(ends_indented)
 
     def _table(self, test: Callable[[str], bool]) -> Tensor:
-        return torch.tensor([test(text) for text in self.texts])
+        return torch.tensor([test(text) for text in self.texts], device=self.device)

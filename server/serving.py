@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from engine.client import Generation
 from engine.errors import InvalidRequest, Overloaded
-from engine.params import EXCLUDES, SamplingParams, StrictModel
+from engine.params import SamplingParams, StrictModel, combinable
 from engine.prepare import Output, prepare
 from engine.types import Delta, Finished
 from engine.types import Request as EngineRequest
@@ -75,17 +75,7 @@ def sampling_params(
     }
     if max_tokens is not None:
         given["max_tokens"] = max_tokens
-    # What the client asks for goes before a default that cannot be combined with it.
-    asked = {name for name in given if body.asks(name)}
-    excluded: set[str] = set()
-    for name, others in EXCLUDES.items():
-        if name in asked:
-            excluded |= set(others) - asked
-        elif asked & set(others):
-            excluded.add(name)
-    return SamplingParams.model_validate(
-        {name: value for name, value in defaults.items() if name not in excluded} | given
-    )
+    return SamplingParams.model_validate(combinable(defaults, body) | given)
 
 
 async def in_thread_if_long(size: int, work: Any, *args: Any) -> Any:

@@ -7,6 +7,7 @@ from fastapi import Request
 
 from engine.client import AsyncEngine, EngineState
 from engine.errors import EngineDead, Overloaded
+from engine.params import SamplingParams, combinable
 from engine.prepare import ModelInfo
 from engine.tokenizer import Tokenizer
 from server.auth import Keys
@@ -56,7 +57,7 @@ class ServerState:
     def defaults(self, info: ModelInfo) -> dict[str, Any]:
         """Sampling parameters that apply where a request gives none."""
         recommended = info.sampling_defaults if self.config.generation_config else {}
-        return recommended | self.sampling
+        return combinable(recommended, SamplingParams.model_validate(self.sampling)) | self.sampling
 
 
 def state_of(request: Request) -> ServerState:

@@ -131,9 +131,9 @@ class Candidates:
     def divide(self, temperature: Tensor) -> None:
         """Divide all logits by a temperature, [R, 1].
 
-        One below 0.0001 means that the likeliest token is taken, by `settle`.
+        All of them together below 0.0001 mean that the likeliest token is taken, by `settle`.
         """
-        cold = temperature.squeeze(1) < _COLDEST
+        cold = self.temperature * temperature.squeeze(1) < _COLDEST
         self._cold = cold if self._cold is None else self._cold | cold
         temperature = temperature.clamp(min=_COLDEST)
         if self._logits is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.history import ANY, ends_with
 from engine.logits.stage import Transform
+from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 _UNKNOWN = -1  # of a lane that was given to another sequence
@@ -84,7 +85,10 @@ class Dry(Transform):
         exponent = exponent.minimum((_LARGEST_EXPONENT / base.log()).floor())
         penalty = self.multiplier.at(rows) * base.pow(exponent)
         scores = logits.gather(1, ids)
-        return logits.scatter_(1, ids, torch.where(extends, scores - penalty, scores))
+        # However large, it is no ban: that could leave a row without any token.
+        lowered = (scores - penalty).clamp(min=torch.finfo(torch.float32).min)
+        lowered = torch.where(extends & (scores > NEG_INF), lowered, scores)
+        return logits.scatter_(1, ids, lowered)
 
     def _catch_up(self, rows: Rows) -> None:
         lanes, ends = np.asarray(rows.host_lanes), np.asarray(rows.host_positions) + 1

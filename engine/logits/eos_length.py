@@ -63,10 +63,10 @@ class ExponentialDecayLengthPenalty(Transform):
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
         late = (_generated(self.lanes, rows) - self.start.at(rows)).clamp(min=0.0)
         largest = torch.finfo(torch.float32).max
-        growth = (self.factor.at(rows).pow(late) - 1.0).clamp(max=largest).squeeze(1)
+        growth = (self.factor.at(rows).pow(late) - 1.0).clamp(-largest, largest).squeeze(1)
         row, token_id, _ = self.ends.at(rows)
         score = logits[row, token_id]
-        raised = (score + score.abs() * growth[row]).clamp(max=largest)
+        raised = (score + score.abs() * growth[row]).clamp(-largest, largest)
         # A token that something has banned stays banned: |-inf| times a growth is no number.
         logits[row, token_id] = torch.where(score == float("-inf"), score, raised)
         return logits

@@ -54,7 +54,9 @@ class Mirostat(Filter):
         drawn = candidates.ids == tokens.unsqueeze(1)
         prob = torch.where(drawn, candidates.probs, 0.0).double().sum(1, keepdim=True)
         error = -prob.log2() - self.tau.at(rows)
-        changed = self.mu.at(rows) - self.eta.at(rows) * error
+        # Finite, or it could become no number, and no token would be below it.
+        largest = torch.finfo(torch.float64).max
+        changed = (self.mu.at(rows) - self.eta.at(rows) * error).clamp(-largest, largest)
         # A row that is unsure is drawn from again, with all its tokens as candidates.
         final = (self.version.at(rows) > 0) & ~candidates.unsure.unsqueeze(1)
         self.mu.values[rows.lanes] = torch.where(final, changed, self.mu.at(rows)).squeeze(1)

@@ -40,9 +40,10 @@ class Xtc(Filter):
         above = candidates.alive & (candidates.probs >= self.threshold.at(rows))
         # Candidates are sorted: the last one above the threshold is the least likely, and stays.
         excluded = above & (above.cumsum(1) < above.sum(1, keepdim=True))
-        spared = self.lanes.vocabulary.newlines[candidates.ids]
+        newlines = self.lanes.vocabulary.newlines[candidates.ids]
+        acts &= ~(excluded & newlines).any(1, keepdim=True)
         row, token_id, _ = self.ends.at(rows)
-        spared[row] |= candidates.ids[row] == token_id.unsqueeze(1)
-        acts &= ~(excluded & spared).any(1, keepdim=True)
+        ended = (excluded[row] & (candidates.ids[row] == token_id.unsqueeze(1))).any(1)
+        acts[row[ended]] = False
         # Where all candidates are above the threshold, there may be more.
         candidates.drop(excluded & acts, sure=~acts | ~above[:, -1:])
