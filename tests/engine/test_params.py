@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from engine.logits import STAGES
 from engine.logits.pipeline import Pipeline
-from engine.params import INT64, SamplingParams
-from tests.support.logits import Spec, new_lanes
+from engine.params import EXCLUDES, INT64, TRUNCATION, SamplingParams, combinable
+from tests.support.logits import Spec, asking, new_lanes
 
 STOPPING = ("max_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos")
 STRATEGY = ("n", "best_of")
@@ -79,6 +79,16 @@ def test_a_temperature_of_practically_zero_is_greedy(temperature: float, greedy:
         ("frequency_penalty", -2.0, -2.0),
         ("presence_penalty", 2.0, 2.0),
         ("penalty_last_n", -1, -1),
+        ("dry_base", 1, 1.0),
+        ("dry_penalty_last_n", -1.0, -1),
+        ("exponential_decay_length_penalty", [20.0, 2], (20, 2.0)),
+        ("exponential_decay_length_penalty", (20, 2.0), (20, 2.0)),  # as it was read before
+        ("adapt_temperature", [2, 0.6], (2.0, 0.6)),
+        ("adapt_temperature", None, None),
+        ("top_h", 1, 1.0),
+        ("top_h", None, None),
+        ("mirostat", 2.0, 2),
+        ("tfs", 0, 0.0),
     ],
 )
 def test_values_inside_the_bounds_are_read(field: str, given: object, read: object) -> None:
@@ -120,6 +130,31 @@ NOT_INTEGERS = [*NOT_NUMBERS, 1.5, 2**63]
         ("top_p_rule", ["", "Strict", 1]),
         ("epsilon_cutoff", [-0.01, 1.0, *NOT_NUMBERS]),
         ("eta_cutoff", [-0.01, 1.0, *NOT_NUMBERS]),
+        ("dry_multiplier", [-0.01, *NOT_NUMBERS]),
+        ("dry_base", [0.99, *NOT_NUMBERS]),
+        ("dry_allowed_length", [0, *NOT_INTEGERS]),
+        ("dry_penalty_last_n", [-2, *NOT_INTEGERS]),
+        ("dry_sequence_breakers", ["x", [""], ["x" * 41], [5], ["x"] * 257]),
+        ("eos_length_penalty", [-0.01, *NOT_NUMBERS]),
+        ("eos_length_window", [0, *NOT_INTEGERS]),
+        (
+            "exponential_decay_length_penalty",
+            [5, [1], [1, 2, 3], (1,), {}, "12", [1.5, 2.0], [INT64, 2.0], [1, float("nan")]],
+        ),
+        ("dynatemp_range", [-0.01, *NOT_NUMBERS]),
+        ("dynatemp_exponent", [0.0, *NOT_NUMBERS]),
+        ("edt_theta", [0.0, *NOT_NUMBERS]),
+        ("edt_base", [0.0, 1.0, *NOT_NUMBERS]),
+        ("adapt_temperature", [0.5, [1], [0, 1], [1, 2.01], ["1", 1], {}, "12"]),
+        ("sampler_order", ["", "HF", "llamacpp", 1]),
+        ("tfs", [-0.01, 1.01, *NOT_NUMBERS]),
+        ("top_a", [-0.01, 1.01, *NOT_NUMBERS]),
+        ("top_h", [0.0, 1.01, *NOT_NUMBERS]),
+        ("mirostat", [-1, 3, *NOT_INTEGERS]),
+        ("mirostat_tau", [0.0, *NOT_NUMBERS]),
+        ("mirostat_eta", [0.0, *NOT_NUMBERS]),
+        ("xtc_probability", [-0.01, 1.01, *NOT_NUMBERS]),
+        ("xtc_threshold", [-0.01, 1.01, *NOT_NUMBERS]),
     ],
 )
 def test_other_values_are_refused_in_the_name_of_the_field(field: str, values: list[Any]) -> None:
@@ -141,6 +176,68 @@ def test_fields_that_disagree_are_refused_and_one_is_blamed(
     assert caught.value.errors()[0]["ctx"]["param"] == blamed
     equal = {"n": 2, "best_of": 2, "min_tokens": 8, "max_tokens": 8}
     assert SamplingParams.model_validate(equal).num_sequences == 2
+
+
+# -- fields that cannot be combined
+
+PAIRS = [(name, other) for name, others in EXCLUDES.items() for other in others]
+
+
+@pytest.mark.parametrize(("name", "other"), PAIRS)
+def test_two_fields_that_exclude_each_other_are_refused_by_both_names(
+    name: str, other: str
+) -> None:
+    for both in (asking(name) | asking(other), asking(other) | asking(name)):
+        with pytest.raises(ValidationError) as caught:
+            SamplingParams.model_validate(both)
+        (error,) = caught.value.errors()
+        assert error["type"] == "incompatible_parameters"
+        assert error["ctx"]["param"] == name
+        assert name in error["msg"]
+        assert other in error["msg"]
+        SamplingParams.model_validate(asking(name) | {other: None})
+        SamplingParams.model_validate(asking(other) | {name: None})
+        neutral = SamplingParams.model_fields[other].default
+        assert SamplingParams.model_validate(asking(name) | {other: neutral}).asks(name)
+
+
+def test_mirostat_goes_without_all_other_truncation() -> None:
+    truncating = [
+        field
+        for stage in STAGES
+        for field in stage.fields
+        if stage.__name__.startswith(
+            ("Top", "MinP", "Typical", "TailFree", "Epsilon", "Eta", "Xtc")
+        )
+    ]
+    switches = set(truncating) - {"top_p_rule", "xtc_threshold"}
+    assert switches == set(TRUNCATION) == set(EXCLUDES["mirostat"])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"mirostat": 2, "top_k": -1, "top_n_sigma": -3.0, "top_p_rule": "inclusive"},
+        {"mirostat": 1, "temperature": 0.7, "dynatemp_range": 0.5},
+        {"mirostat": 0, "top_p": 0.9},
+        {"mirostat": 2, "edt_theta": 0.1, "xtc_threshold": 0.3},
+        {"adapt_temperature": [0.8, 0.6], "top_p": 0.95, "dynatemp_exponent": 2.0},
+        {"edt_theta": 0.1, "temperature": 0.7, "top_k": 5},
+    ],
+)
+def test_what_does_not_contradict_is_accepted(params: dict[str, Any]) -> None:
+    SamplingParams.model_validate(params)
+
+
+@pytest.mark.parametrize(("name", "other"), PAIRS)
+def test_what_is_asked_for_goes_before_a_default_that_excludes_it(name: str, other: str) -> None:
+    for mine, default in ((name, other), (other, name)):
+        own = SamplingParams.model_validate(asking(mine))
+        rest = {"repetition_penalty": 1.3, "mirostat_tau": 2.0}
+        assert combinable(asking(default) | rest, own) == rest
+        assert combinable(asking(default), SamplingParams()) == asking(default)
+        neutral = SamplingParams.model_validate({mine: SamplingParams.model_fields[mine].default})
+        assert combinable(asking(default), neutral) == asking(default)
 
 
 def test_every_field_is_described() -> None:

@@ -75,9 +75,11 @@ def below(number: float) -> float:
     return math.nextafter(number, -math.inf)
 
 
-NOT_NUMBERS = ("0.5", True, [1], {})
-NOT_INTEGERS = ("1", True, 1.5, [1], {})
+NOT_NUMBERS: tuple[Any, ...] = ("0.5", True, [1], {})
+NOT_INTEGERS: tuple[Any, ...] = ("1", True, 1.5, [1], {})
 ANYTHING = ("x", 1, [1], {"a": "b"}, True)
+DRY: dict[str, Any] = {"dry_multiplier": 1}
+DECAY = "exponential_decay_length_penalty"
 
 ROWS = [
     # length and stopping
@@ -130,6 +132,46 @@ ROWS = [
     Row("presence_penalty", (-2, 2), (below(-2), above(2)), NOT_NUMBERS, "between -2 and 2"),
     Row("penalty_last_n", (-1, 0, INT64 - 1), (-2,), NOT_INTEGERS, "at least -1"),
     flag("penalty_prompt"),
+    Row("dry_multiplier", (0, 5e-324, 1e308), (below(0),), NOT_NUMBERS, "at least 0"),
+    Row("dry_base", (1, 1e308), (below(1), 0), NOT_NUMBERS, "at least 1", also=DRY),
+    Row("dry_allowed_length", (1, 2.0, INT64 - 1), (0,), NOT_INTEGERS, "at least 1", also=DRY),
+    Row("dry_penalty_last_n", (-1, 0, INT64 - 1), (-2,), NOT_INTEGERS, "at least -1", also=DRY),
+    Row(
+        "dry_sequence_breakers",
+        ([], ["a"], ["ab"] * 256, ["x" * 40]),
+        (["ab"] * 257,),
+        (5, "a", {}),
+        "256",
+        also=DRY,
+    ),
+    Row(
+        "dry_sequence_breakers",
+        (),
+        tuple(Bad(["a", text], param="dry_sequence_breakers[1]") for text in ("", "x" * 41)),
+        (Bad([5], param="dry_sequence_breakers[0]"),),
+    ),
+    Row("eos_length_penalty", (0, 5e-324, 1e308), (below(0),), NOT_NUMBERS, "at least 0"),
+    Row(
+        "eos_length_window",
+        (1, 2.0, INT64 - 1),
+        (0,),
+        NOT_INTEGERS,
+        "at least 1",
+        also={"eos_length_penalty": 1},
+    ),
+    Row(
+        DECAY,
+        ([0, 1], [-INT64, -1e308], [INT64 - 1, 1e308], [5.0, 2]),
+        tuple(Bad([number, 1], param=f"{DECAY}[0]") for number in (-INT64 - 1, INT64)),
+        (5, "x", {}, [], [1], [1, 2, 3]),
+    ),
+    Row(
+        DECAY,
+        types=(
+            *(Bad([number, 1], param=f"{DECAY}[0]") for number in ("1", 1.5, True, [1])),
+            *(Bad([1, number], param=f"{DECAY}[1]") for number in NOT_NUMBERS),
+        ),
+    ),
     Row("allowed_token_ids", ([5], [0, VOCAB - 1]), ([],), (5, "5", {}), "1 item"),
     Row("allowed_token_ids", (), (Bad([VOCAB], "invalid_token_id"), Bad([-1], "invalid_token_id"))),
     Row("allowed_token_ids", (), (), (Bad(["5"], param="allowed_token_ids[0]"),)),
@@ -138,14 +180,88 @@ ROWS = [
     Row("no_repeat_ngram_size", (0, 1, INT64 - 1), (-1,), NOT_INTEGERS, "at least 0"),
     # temperature and truncation
     Row("temperature", (0, 5e-324, 2), (below(0), above(2)), NOT_NUMBERS, "between 0 and 2"),
+    Row("dynatemp_range", (0, 5e-324, 1e308), (below(0),), NOT_NUMBERS, "at least 0"),
+    Row(
+        "dynatemp_exponent",
+        (5e-324, 1e308),
+        (0, -1.0),
+        NOT_NUMBERS,
+        "greater than 0",
+        also={"dynatemp_range": 1},
+    ),
+    Row("edt_theta", (5e-324, 1e308), (0, -1.0), NOT_NUMBERS, "greater than 0"),
+    Row(
+        "edt_base",
+        (5e-324, below(1)),
+        (0, 1),
+        NOT_NUMBERS,
+        "greater than 0 and less than 1",
+        also={"edt_theta": 1},
+    ),
+    Row(
+        "adapt_temperature",
+        ([0.8, 0.6], [5e-324, 2], [2, 5e-324]),
+        (
+            *(Bad([number, 1], param="adapt_temperature[0]") for number in (0, above(2))),
+            *(Bad([1, number], param="adapt_temperature[1]") for number in (0, above(2))),
+        ),
+        (5, "x", {}, [], [1], [1, 1, 1], Bad([1, "1"], param="adapt_temperature[1]")),
+    ),
+    Row("sampler_order", ("vllm", "hf", "llama.cpp"), ("", "HF"), (5, True), "'llama.cpp'"),
     Row("top_n_sigma", (-1e308, 0, 1e308), (), NOT_NUMBERS),
     Row("min_p", (0, 5e-324, 1), (below(0), above(1)), NOT_NUMBERS, "between 0 and 1"),
     Row("top_k", (-1, 0, 1, INT64 - 1), (-2,), NOT_INTEGERS, "at least -1"),
     Row("typical_p", (5e-324, 1), (0, above(1)), NOT_NUMBERS, "greater than 0 and at most 1"),
+    Row("tfs", (0, 5e-324, 1), (below(0), above(1)), NOT_NUMBERS, "between 0 and 1"),
+    Row("top_a", (0, 5e-324, 1), (below(0), above(1)), NOT_NUMBERS, "between 0 and 1"),
+    Row("top_h", (5e-324, 1), (0, above(1)), NOT_NUMBERS, "greater than 0 and at most 1"),
     Row("top_p", (0, 5e-324, 1), (below(0), above(1)), NOT_NUMBERS, "between 0 and 1"),
     Row("top_p_rule", ("strict", "inclusive"), ("loose", ""), (5, True), "'strict'"),
     Row("epsilon_cutoff", (0, below(1)), (below(0), 1), NOT_NUMBERS, "less than 1"),
     Row("eta_cutoff", (0, below(1)), (below(0), 1), NOT_NUMBERS, "less than 1"),
+    Row("mirostat", (0, 1, 2.0), (-1, 3), NOT_INTEGERS, "between 0 and 2"),
+    *(
+        Row(name, (5e-324, 1e308), (0, -1.0), NOT_NUMBERS, "greater than 0", also={"mirostat": 2})
+        for name in ("mirostat_tau", "mirostat_eta")
+    ),
+    Row("xtc_probability", (0, 5e-324, 1), (below(0), above(1)), NOT_NUMBERS, "between 0 and 1"),
+    Row(
+        "xtc_threshold",
+        (0, 5e-324, 1),
+        (below(0), above(1)),
+        NOT_NUMBERS,
+        "between 0 and 1",
+        also={"xtc_probability": 1},
+    ),
+    *(
+        Row(name, (), (Bad(value, "incompatible_parameters"),), says=other, also={other: given})
+        for name, value, other, given in (
+            ("mirostat", 1, "top_p", 0.9),
+            ("adapt_temperature", [0.8, 0.6], "temperature", 0.5),
+            ("edt_theta", 0.1, "dynatemp_range", 0.5),
+        )
+    ),
+    Row(
+        "entropix",
+        ({}, {"profile": "head"}, {"clarify_token": 5}, {"clarify_token": "a"}),
+        (
+            *(Bad({"top_k": number}, param="entropix.top_k") for number in (0, 101)),
+            Bad({"profile": "tail"}, param="entropix.profile"),
+            Bad({"unheard": 1}, param="entropix.unheard"),
+            Bad({"clarify_token": VOCAB}, "invalid_token_id", "entropix.clarify_token"),
+        ),
+        (5, "x", [], True, Bad({"top_k": "1"}, param="entropix.top_k")),
+    ),
+    Row(
+        "trace",
+        (True, False, {}, {"top": 1}, {"top": 100, "layers": [0, 2]}),
+        (
+            *(Bad({"top": number}, param="trace.top") for number in (0, 101)),
+            *(Bad({"layers": [number]}, param="trace.layers") for number in (-1, 3)),
+            Bad({"unheard": 1}, param="trace.unheard"),
+        ),
+        (5, "x", [], Bad({"layers": ["x"]}, param="trace.layers[0]")),
+    ),
     # the request as a whole
     Row("request_id", ("a", "A.b_c:d-9", "a" * 128), ("", "a" * 129, "a b", "ä"), (5, True)),
     Row("priority", (-INT64, 0, INT64 - 1), (-INT64 - 1, INT64), NOT_INTEGERS, "64 bits"),

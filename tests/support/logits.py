@@ -1,5 +1,6 @@
 """Rows of logits and the sequences behind them, for tests of the pipeline without an engine."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from engine.vocabulary import Vocabulary
 
 ROW_A = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 DIST_P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05]).log()
-END = 2  # the end-of-sequence token of every sequence here
+END = 2  # the end-of-sequence token of sequences here, if they name no others
 
 # Texts of the tokens here; those that sequences are made of are 3 to 9.
 TEXTS = ("<pad>", "<s>", "</s>", "\n", "  ", "\n ", "a", "b", "c", "ca")
@@ -91,6 +92,7 @@ class Spec:
     output: Sequence[int] = ()
     seed: int = 0
     logprobs: int | None = None
+    ends: Sequence[int] = (END,)  # end-of-sequence tokens
 
     @property
     def tokens(self) -> list[int]:
@@ -106,7 +108,7 @@ class Spec:
             max_tokens=100,
             seed=self.seed,
             logprobs=self.logprobs,
-            eos_token_ids=frozenset({END}),
+            eos_token_ids=frozenset(self.ends),
             stop_tokens={token_id: token_id for token_id in params.stop_token_ids},
             clarify_token=params.entropix and params.entropix.clarify_token,
             dry_breaker_ids=tuple(BREAKERS.get(word, ()) for word in params.dry_sequence_breakers),
@@ -158,10 +160,15 @@ def apply(stage: type[Stage], specs: Sequence[Spec], logits: Tensor) -> Tensor:
     return run_stage(one, logits, rows_of(specs, lane_ids))
 
 
-def process(stages: Sequence[type[Stage]], specs: Sequence[Spec], logits: Tensor) -> Tensor:
+def process(
+    stages: Sequence[type[Stage]],
+    specs: Sequence[Spec],
+    logits: Tensor,
+    orders: Mapping[str, Sequence[type[Stage]]] | None = None,
+) -> Tensor:
     """What a pipeline makes of these sequences' rows, all in one batch."""
     lanes, lane_ids = lanes_for(specs, logits.shape[1])
-    pipeline = Pipeline(stages, lanes)
+    pipeline = Pipeline(stages, lanes, orders)
     for lane, spec in zip(lane_ids, specs, strict=True):
         place(lanes, lane, spec, pipeline)
     return run_pipeline(pipeline, specs, logits, lane_ids)
@@ -208,6 +215,34 @@ def kept(row: Tensor) -> set[int]:
     """The tokens that are still possible."""
     ids: list[int] = (row > NEG_INF).nonzero().squeeze(1).tolist()
     return set(ids)
+
+
+def softmax(row: Tensor) -> list[float]:
+    """The probabilities of a row [V], one after the other, in float64."""
+    numbers: list[float] = row.double().tolist()
+    top = max(numbers)
+    weights = [math.exp(number - top) for number in numbers]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def likeliest(probs: Sequence[float]) -> list[int]:
+    """Tokens that are possible, likeliest first, equal ones by lowest id."""
+    possible = (token_id for token_id, prob in enumerate(probs) if prob > 0.0)
+    return sorted(possible, key=lambda token_id: -probs[token_id])
+
+
+def entropy(probs: Iterable[float]) -> float:
+    """In nats."""
+    return -math.fsum(prob * math.log(prob) for prob in probs if prob > 0.0)
+
+
+def only(row: Tensor, token_ids: Iterable[int]) -> Tensor:
+    """The row [V] without all other tokens."""
+    left = torch.full_like(row, NEG_INF)
+    index = torch.tensor([*token_ids], dtype=torch.int64)
+    left[index] = row[index]
+    return left
 
 
 def bits(x: Tensor) -> Tensor:
@@ -264,6 +299,12 @@ def examples(fields: Iterable[str], count: int) -> list[dict[str, Any]]:
                 params.pop(gone, None)
         sets.append(params)
     return sets
+
+
+def asking(name: str) -> dict[str, Any]:
+    """A field and an example value with which it asks for something."""
+    given = ({name: value} for value in EXAMPLES[name])
+    return next(one for one in given if SamplingParams.model_validate(one).asks(name))
 
 
 def histories(count: int, longest: int = 12) -> list[tuple[list[int], list[int]]]:
