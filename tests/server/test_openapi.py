@@ -37,6 +37,7 @@ def test_every_route_is_described(document: dict[str, Any]) -> None:
     } == {
         ("/v1/completions", "post"),
         ("/v1/chat/completions", "post"),
+        ("/v1/explain", "post"),
         ("/v1/models", "get"),
         ("/v1/models/{model}", "get"),
         ("/tokenize", "post"),
