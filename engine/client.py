@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from engine.core import EngineCore, Message
-from engine.errors import EngineDead, EngineError, Overloaded
+from engine.errors import EngineDead, EngineError, InvalidRequest, Overloaded
 from engine.prepare import ModelInfo
 from engine.tokenizer import Tokenizer
 from engine.types import Delta, Failed, Finished, Request, StepStats
@@ -107,6 +107,7 @@ class AsyncEngine:
         self._open: dict[str, tuple[Request, Generation]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopped = False
         self._loaded = asyncio.Event()
         self._dead = asyncio.Event()
         self.state = EngineState.LOADING
@@ -137,7 +138,8 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """Abort what is running and end the thread, or leave it behind if it is still loading."""
-        self.fail_all(Overloaded("the server is shutting down", "draining"))
+        self._stopped = True
+        self.fail_all(_shutting_down())
         self._inbox.put(_STOP)
         if self.state is not EngineState.LOADING:
             await asyncio.to_thread(self._thread.join)
@@ -160,13 +162,25 @@ class AsyncEngine:
     # -- requests
 
     def generate(self, requests: Sequence[Request]) -> Generation:
-        """Submit requests. Raises Overloaded if the queue is full or the model still loading."""
+        """Submit requests. Raises Overloaded if the queue is full or the model still loading.
+
+        Raises InvalidRequest for more sequences than it could ever hold.
+        """
+        if self._stopped:
+            raise _shutting_down()
         if self.state is EngineState.LOADING:
             raise Overloaded("the model is loading", "model_loading", retry_after_s=5)
         if self.state is EngineState.DEAD or self.info is None:
             raise EngineDead("the engine has stopped")
         width = sum(request.params.num_sequences for request in requests)
-        if self.num_open + width > self.info.num_lanes + self._max_waiting:
+        most = self.info.num_lanes + self._max_waiting
+        if width > most:
+            raise InvalidRequest(
+                f"prompts times choices must be at most {most} sequences, running and waiting, "
+                f"got {width}",
+                "prompt",
+            )
+        if self.num_open + width > most:
             raise Overloaded(f"the queue is full: {self.num_open} sequences are ahead")
         if not self._open:
             self.last_step_s = time.monotonic()
@@ -252,3 +266,7 @@ class AsyncEngine:
                 core.abort(message)
                 if not core.has_work:  # no step will tell that everything is free again
                     call(self._on_step, [], core.stats())
+
+
+def _shutting_down() -> Overloaded:
+    return Overloaded("the server is shutting down", "draining")

@@ -52,16 +52,24 @@ def _bias_by_token_id(value: object) -> object:
         return value
     biases: dict[object, object] = {}
     for key, bias in value.items():
-        try:
-            token_id = int(key)
-        except (TypeError, ValueError):
+        token_id = _decimal(key)
+        if token_id is None:
             raise PydanticCustomError(
                 "invalid_token_id",
                 "logit_bias must have token ids as keys, got {key}",
                 {"key": repr(key)[:40], "param": "logit_bias"},
-            ) from None
+            )
         biases[token_id] = bias
     return biases
+
+
+def _decimal(key: object) -> int | None:
+    """The number a key names, if it is written as JSON writes numbers: `int` also takes "1_0"."""
+    try:
+        number = int(str(key))
+    except ValueError:
+        return None
+    return number if str(number) == str(key) else None
 
 
 def _clamped(biases: dict[int, float]) -> dict[int, float]:
@@ -453,6 +461,11 @@ class SamplingParams(StrictModel):
         return self.entropix is not None and self.entropix.profile == "2024-10-07"
 
     @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, by whatever name a client gave it."""
+        return self.max_tokens
+
+    @property
     def num_sequences(self) -> int:
         """How many sequences are generated for each prompt."""
         return self.best_of or self.n
@@ -461,9 +474,9 @@ class SamplingParams(StrictModel):
     def _fields_agree(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
             raise clash("best_of must be at least n ({n}), got {best_of}", "best_of", self)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if self.limit is not None and self.min_tokens > self.limit:
             raise clash(
-                "min_tokens must be at most max_tokens ({max_tokens}), got {min_tokens}",
+                f"min_tokens must be at most max_tokens ({self.limit}), got {self.min_tokens}",
                 "min_tokens",
                 self,
             )

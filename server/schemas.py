@@ -36,7 +36,8 @@ ALIASES = {
 }
 
 # Fields that are known, would change the output, and cannot be honoured yet: refused by name.
-# The values listed with a field are those that ask for nothing.
+# The values listed with a field are those that ask for nothing; further keys of an object are
+# unknown fields.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "beam_memory": (0,),
     "beam_prune": (),
@@ -94,7 +95,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(StrictModel):
-    """What a stream carries besides its text."""
+    """What a stream carries besides its text. Unknown fields are kept apart."""
+
+    model_config = ConfigDict(extra="allow")
 
     include_usage: bool = Field(default=False, description="Send a last chunk with the usage.")
     continuous_usage_stats: bool = Field(
@@ -461,6 +464,11 @@ class ChatCompletionRequest(GenerationRequest):
                 {"param": "continue_final_message"},
             )
         return self
+
+    @property
+    def limit(self) -> int | None:
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
 
 # -- the other routes

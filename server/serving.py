@@ -1,7 +1,7 @@
 """What both generating routes do: check, submit, collect or stream."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -32,22 +32,41 @@ class ClientGone(Exception):
 
 def check_fields(body: StrictModel, state: ServerState) -> dict[str, str]:
     """Refuse what cannot be honoured; the headers that report what is ignored."""
-    ignored = []
-    for name, value in (body.model_extra or {}).items():
-        if name in UNSUPPORTED:
-            if not any(value == neutral for neutral in UNSUPPORTED[name]):
-                raise InvalidRequest(
-                    f"{name} is not supported by this server", name, "unsupported_parameter"
-                )
-        elif state.config.strict_params:
-            raise InvalidRequest(f"{name[:100]} is unknown", name[:100], "unknown_parameter")
-        else:
-            ignored.append(name)
+    ignored = list(_unknown(body))
+    if ignored and state.config.strict_params:
+        name = ignored[0][:100]
+        raise InvalidRequest(f"{name} is unknown", name, "unknown_parameter")
     if not ignored:
         return {}
     state.metrics.on_ignored(len(ignored))
     shown = [quote(name[:100], safe="") for name in sorted(ignored)[:_SHOWN_FIELDS]]
     return {"X-Ignored-Fields": ", ".join(shown)}
+
+
+def _unknown(body: StrictModel, prefix: str = "") -> Iterator[str]:
+    """The paths of all fields nobody knows. Raises InvalidRequest at one that is known too well."""
+    for name, value in (body.model_extra or {}).items():
+        if prefix or name not in UNSUPPORTED:
+            yield prefix + name
+            continue
+        neutral = next((one for one in UNSUPPORTED[name] if _asks_no_more(value, one)), None)
+        if neutral is None:
+            raise InvalidRequest(
+                f"{name} is not supported by this server", name, "unsupported_parameter"
+            )
+        if isinstance(value, dict):
+            rest = {key for key, one in value.items() if one is not None} - neutral.keys()
+            yield from (f"{name}.{key}" for key in sorted(rest))
+    for name in type(body).model_fields:
+        nested = getattr(body, name)
+        if isinstance(nested, StrictModel):
+            yield from _unknown(nested, f"{prefix}{name}.")
+
+
+def _asks_no_more(value: object, neutral: object) -> bool:
+    if isinstance(value, dict) and isinstance(neutral, dict):
+        return neutral.items() <= value.items()
+    return value == neutral
 
 
 def check_logprobs(
@@ -64,17 +83,15 @@ def check_logprobs(
     return min(count, vocab_size)
 
 
-def sampling_params(
-    body: SamplingParams, defaults: dict[str, Any], max_tokens: int | None = None
-) -> SamplingParams:
-    """The request's own parameters over the model's defaults, and `max_tokens` over both."""
+def sampling_params(body: SamplingParams, defaults: dict[str, Any]) -> SamplingParams:
+    """The request's own parameters over the model's defaults."""
     given = {
         name: getattr(body, name)
         for name in SamplingParams.model_fields
         if name in body.model_fields_set
     }
-    if max_tokens is not None:
-        given["max_tokens"] = max_tokens
+    if body.limit is not None:
+        given["max_tokens"] = body.limit
     return SamplingParams.model_validate(combinable(defaults, body) | given)
 
 

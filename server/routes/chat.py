@@ -38,7 +38,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     tokenizer, info = state.model()
     top = check_logprobs(body.top_logprobs, "top_logprobs", state, info.vocab_size)
     asked = check_logprobs(body.prompt_logprobs, "prompt_logprobs", state, info.vocab_size)
-    params = sampling_params(body, state.defaults(info), body.max_completion_tokens)
+    params = sampling_params(body, state.defaults(info))
     size = sum(len(str(message.content)) for message in body.messages)
     prompt_ids: list[int] = await in_thread_if_long(
         size, encode_chat, body, tokenizer, state.config.trust_request_templates

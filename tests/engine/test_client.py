@@ -13,7 +13,13 @@ from torch import Tensor
 
 from engine.client import AsyncEngine, EngineState, Generation, Loader
 from engine.core import EngineCore
-from engine.errors import EngineDead, GenerationFailed, ModelUnavailable, Overloaded
+from engine.errors import (
+    EngineDead,
+    GenerationFailed,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+)
 from engine.tokenizer import Tokenizer
 from engine.types import Delta, Finished, Request, StepStats
 from tests.support.engines import assert_all_free, info, request, run, scripted_core
@@ -228,6 +234,9 @@ async def test_beyond_the_queue_a_request_is_refused(gated: EngineCore) -> None:
             with pytest.raises(Overloaded) as raised:
                 engine.generate([request(gated, [5, 6], "d", n=n)])
             assert (raised.value.code, raised.value.retry_after_s) == ("overloaded", 1)
+        with pytest.raises(InvalidRequest, match=r"at most 6 sequences.* got 8") as refused:
+            engine.generate([request(gated, [5, 6], name, n=4) for name in "de"])
+        assert refused.value.param == "prompt"
         assert engine.num_open == 6
         second.close()
         third = engine.generate([request(gated, [5, 6], "e", n=2)])
@@ -270,6 +279,9 @@ async def test_stopping_does_not_wait_for_a_model_that_still_loads(core: EngineC
     may_load.set()
     await asyncio.to_thread(engine._thread.join, 60)
     assert not engine._thread.is_alive()
+    await engine.loaded()  # too late
+    with pytest.raises(Overloaded):
+        engine.generate([request(core, [5, 6])])
 
 
 # -- the end
@@ -324,6 +336,8 @@ async def test_stopping_ends_what_runs_with_an_error(gated: EngineCore) -> None:
         assert raised.value.code == "draining"
         gated.model.open.set()  # type: ignore[attr-defined]
         await asyncio.wait_for(stopping, 60)
+        with pytest.raises(Overloaded):
+            engine.generate([request(gated, [5, 6], "late")])
     assert_all_free(gated)
 
 

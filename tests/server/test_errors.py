@@ -80,6 +80,19 @@ NOT_INTEGERS: tuple[Any, ...] = ("1", True, 1.5, [1], {})
 ANYTHING = ("x", 1, [1], {"a": "b"}, True)
 DRY: dict[str, Any] = {"dry_multiplier": 1}
 DECAY = "exponential_decay_length_penalty"
+BAD_IDS = (
+    "",
+    "x",
+    "1.5",
+    "128",
+    "-1",
+    "-0",
+    "1_0",
+    " 5 ",
+    "+5",
+    "05",
+    "\N{ARABIC-INDIC DIGIT FIVE}",
+)
 
 ROWS = [
     # length and stopping
@@ -108,6 +121,7 @@ ROWS = [
         also={"max_tokens": None, "max_completion_tokens": 3},
         paths=(CHAT,),
     ),
+    Row("min_tokens", (3,), (4,), (), "(3)", also={"max_completion_tokens": 3}, paths=(CHAT,)),
     Row("stop", ("a", [], ["a"], ["a"] * 64), (["a"] * 65,), (5, {}, True), "64"),
     Row("stop", (), (Bad(["a", ""], param="stop[1]"),), (Bad([5], param="stop[0]"),)),
     Row("stop_token_ids", ([], [0, VOCAB - 1], [5.0]), (), (5, "5", {})),
@@ -123,9 +137,7 @@ ROWS = [
     Row("seed", (-INT64, INT64 - 1, -1, 0), (-INT64 - 1, INT64), NOT_INTEGERS, "64 bits"),
     # biases, penalties and bans
     Row("logit_bias", ({}, {"0": 100, "127": -100}, {"5": 1e9}), (), (5, "x", [1])),
-    Row(
-        "logit_bias", (), tuple(Bad({k: 1}, "invalid_token_id") for k in ("x", "1.5", "128", "-1"))
-    ),
+    Row("logit_bias", (), tuple(Bad({k: 1}, "invalid_token_id") for k in BAD_IDS)),
     Row("logit_bias", (), (), (Bad({"5": "1"}, param="logit_bias[5]"),)),
     Row("repetition_penalty", (5e-324, 1, 1e308), (0, -1.0), NOT_NUMBERS, "greater than 0"),
     Row("frequency_penalty", (-2, 2), (below(-2), above(2)), NOT_NUMBERS, "between -2 and 2"),
@@ -896,6 +908,18 @@ def test_unknown_fields_are_reported_in_a_header(client: httpx.Client) -> None:
         assert response.headers["x-ignored-fields"] == "foo"
 
 
+def test_unknown_fields_within_others_are_reported_too(client: httpx.Client) -> None:
+    nested = {
+        "stream": True,
+        "stream_options": {"include_usage": True, "foo": 1},
+        "response_format": {"type": "text", "schema": {}, "name": None},
+    }
+    for path in (COMPLETIONS, CHAT):
+        response = client.post(path, json=BASE[path] | nested)
+        assert response.status_code == 200
+        assert response.headers["x-ignored-fields"] == "response_format.schema, stream_options.foo"
+
+
 def test_known_fields_are_not_reported(client: httpx.Client) -> None:
     assert "x-ignored-fields" not in client.post(COMPLETIONS, json=BASE[COMPLETIONS]).headers
 
@@ -906,5 +930,8 @@ async def test_a_strict_server_refuses_unknown_fields(tiny_folder: Path) -> None
         for path in (COMPLETIONS, CHAT):
             error = refusal(await client.post(path, json=BASE[path] | {"foo": 1}), 400)
             assert (error["param"], error["code"]) == ("foo", "unknown_parameter")
+            nested = {"stream": True, "stream_options": {"foo": 1}}
+            error = refusal(await client.post(path, json=BASE[path] | nested), 400)
+            assert (error["param"], error["code"]) == ("stream_options.foo", "unknown_parameter")
             null = await client.post(path, json=BASE[path] | {"foo": None, "beam_width": 1})
             assert null.status_code == 200

@@ -190,7 +190,10 @@ async def test_a_full_queue_refuses_and_counts_every_sequence(tokenizer: Tokeniz
     app = make_app(lambda: (core, info(core)), max_waiting=2)
     async with asgi_client(app) as client:
         several = BODY | {"prompt": [[5], [6]], "n": 2}
-        refused(await client.post(COMPLETIONS, json=several | {"prompt": [[5]] * 3}), "overloaded")
+        for_ever = await client.post(COMPLETIONS, json=several | {"prompt": [[5]] * 3})
+        assert for_ever.status_code == 400
+        assert for_ever.json()["error"]["param"] == "prompt"
+        assert "at most 4 sequences" in for_ever.json()["error"]["message"]
         running = asyncio.create_task(client.post(COMPLETIONS, json=several))
         try:
             await asyncio.to_thread(model.stopped.wait, 30)
@@ -204,4 +207,4 @@ async def test_a_full_queue_refuses_and_counts_every_sequence(tokenizer: Tokeniz
         metrics = (await client.get("/metrics")).text
 
     labels = '{model_name="tiny",reason="overloaded"}'
-    assert f"vllm:admission_rejections_total{labels} 3.0" in metrics
+    assert f"vllm:admission_rejections_total{labels} 2.0" in metrics
