@@ -15,7 +15,7 @@ def parse_size(value: object) -> object:
         return value
     match = _SIZE.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f"expected a size such as 2GiB or 512MB, got {value!r}")
+        raise ValueError("expected a size such as 2GiB or 512MB")
     number, unit, binary = match.groups()
     base = 1024 if binary or not unit else 1000
     return int(float(number) * base ** " KMGT".index(unit.upper() or " "))

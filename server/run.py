@@ -2,20 +2,23 @@
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 from collections.abc import Coroutine
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from engine.client import EngineState
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable, Overloaded
 from engine.load import load_engine
 from engine.models.source import locate
 from engine.prepare import ModelInfo
 from server.app import create_app
-from server.settings import Settings
+from server.settings import BadOption, Settings
 from server.state import ServerState
 
 _KEEP_ALIVE_S = 75  # clients keep connections in a pool for a minute
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> int:
     """Serve until a signal or the engine's death; returns the exit code.
 
-    Raises ModelUnavailable if there is no such model, before anything is opened.
+    Raises ModelUnavailable if there is no such model, BadOption if the port cannot be had.
     """
     location = locate(settings.engine.model, settings.source)
 
@@ -46,11 +49,32 @@ def serve(settings: Settings) -> int:
         sampling=settings.sampling,
     )
     server = Server(app, host=config.host, port=config.port)
-    try:
-        server.run()
-    except SystemExit:  # uvicorn cannot have the port, and has said why
-        return 2
+    server.run(_listen(config.host, config.port))
+    if server.state.engine.state is EngineState.LOADING:
+        # The thread that loads is left behind, and inside torch it would not survive the
+        # interpreter's end.
+        logging.shutdown()
+        os._exit(server.exit_code)
     return server.exit_code
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of a host. uvicorn would only do it once the model is loading."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, _, _, _, address in found:
+            sockets.append(socket.create_server(address, family=family))
+            shown = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
+            log.info("listening on http://%s:%d", shown, sockets[-1].getsockname()[1])
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        reason = str(error.strerror).partition(" (")[0]  # behind it is the address again
+        raise BadOption(f"cannot listen on {host}, port {port}: {reason}") from error
+    return sockets
 
 
 class Server(uvicorn.Server):
