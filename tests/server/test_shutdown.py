@@ -25,7 +25,7 @@ from server.settings import BadOption, resolve
 from tests.support.engines import info, scripted_core
 from tests.support.gated import GatedModel
 from tests.support.scripted import ScriptedModel
-from tests.support.servers import eventually, make_app
+from tests.support.servers import eventually, free_port, make_app
 from tests.support.wire import CHAT, COMPLETIONS, assembled, events
 
 BODY = {"prompt": [5], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
@@ -229,13 +229,6 @@ def process(*options: str) -> Iterator["subprocess.Popen[str]"]:
     finally:
         started.kill()
         started.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_a_served_folder_drains_on_sigterm(tiny_folder: Path) -> None:

@@ -71,6 +71,14 @@ def live_server(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str
             assert not thread.is_alive()
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def eventually(holds: Callable[[], bool]) -> None:
     """Wait for what another thread will soon make true."""
     for _ in range(6000):
