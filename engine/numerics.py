@@ -56,9 +56,9 @@ def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, T
     temperature [R]. Returns top [R], Σe [R, B] and Σe·(z - top) [R, B]; dropped (-inf) entries
     count nothing. A row needs a finite entry.
     """
-    top, _ = scan(logits)
     if (library := _kernels(logits)) is not None:
-        return top, *library.measure(logits, 1.0 / temperature, top)
+        return library.measure(logits, 1.0 / temperature)
+    top, _ = scan(logits)
     z = logits - top.unsqueeze(1)
     e = (z / temperature.unsqueeze(1)).exp_()
     moments = torch.where(e > 0, e * z, 0.0)
@@ -83,6 +83,13 @@ def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top.unsqueeze(1), mass.double().sum(1, keepdim=True).log_().float()
 
 
+def count_finite(logits: Tensor) -> Tensor:
+    """How many entries of each row are not -inf, [R, 1] int64."""
+    if (library := _kernels(logits)) is not None:
+        return library.count(logits).unsqueeze(1)
+    return (logits > NEG_INF).sum(1, keepdim=True)
+
+
 def deviation(logits: Tensor) -> Tensor:
     """The population standard deviation of each row's finite entries, [R, 1]."""
     if (library := _kernels(logits)) is not None:
@@ -101,10 +108,10 @@ def best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     row with equals across the border is sorted whole.
     """
     width = min(width, logits.shape[1])
-    if width == logits.shape[1]:
-        return logits.sort(dim=-1, descending=True, stable=True)
     if (library := _kernels(logits)) is not None:
         return library.select(logits, width)
+    if width == logits.shape[1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
     values, ids = logits.topk(width + 1)
     tied = ((values[:, -1] == values[:, -2]) & (values[:, -1] > NEG_INF)).nonzero().squeeze(1)
     ids, order = ids[:, :width].sort(dim=-1)

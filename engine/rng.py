@@ -11,6 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from engine.kernels import native
+
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -31,6 +33,9 @@ def hash32(
 
     Arguments are int64 and broadcast against each other.
     """
+    if isinstance(domain, int) and ids.is_cpu and (library := native.LIBRARY) is not None:
+        seeds, positions, ids = torch.broadcast_tensors(seeds, positions, ids)
+        return library.hash(seeds.contiguous(), positions.contiguous(), ids.contiguous(), domain)
     h = torch.as_tensor(domain, dtype=torch.int64, device=ids.device)
     for word in (seeds & _MASK, (seeds >> 32) & _MASK, positions & _MASK, ids & _MASK):
         k = (word * 0xCC9E2D51) & _MASK

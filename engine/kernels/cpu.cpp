@@ -25,8 +25,33 @@
 
 #include "types.h"
 
-void sort_keys(uint64_t* keys, int64_t n, int64_t k) {
-    std::partial_sort(keys, keys + std::min(k, n), keys + n);
+const uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t n, int64_t k) {
+    if (n < 1024) {
+        if (2 * k < n) std::nth_element(keys, keys + k, keys + n);
+        std::sort(keys, keys + (2 * k < n ? k : n));
+        return keys;
+    }
+    // By 11 bits of the upper half at a time, the lowest first.
+    constexpr int kBits = 11, kSize = 1 << kBits, kPasses = 3;
+    uint32_t counts[kPasses][kSize] = {};
+    for (int64_t i = 0; i < n; ++i) {
+        const uint64_t half = keys[i] >> 32;
+        for (int pass = 0; pass < kPasses; ++pass) ++counts[pass][half >> pass * kBits & (kSize - 1)];
+    }
+    for (int pass = 0; pass < kPasses; ++pass) {
+        uint32_t begin = 0, most = 0;
+        for (uint32_t& count : counts[pass]) {
+            const uint32_t size = count;
+            most = std::max(most, size);
+            count = begin;
+            begin += size;
+        }
+        if (most == n) continue;
+        for (int64_t i = 0; i < n; ++i)
+            other[counts[pass][keys[i] >> (32 + pass * kBits) & (kSize - 1)]++] = keys[i];
+        std::swap(keys, other);
+    }
+    return keys;
 }
 
 #define ISA 0
@@ -104,8 +129,9 @@ extern "C" void logitmill_scan(int64_t isa, const Rows* rows, float* top, int64_
     WIDE(scan_rows, *rows, top, id);
 }
 
-// For each block of 256 entries the sum of e = exp(factor (z - top)) and of e (z - top).
-extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* factor, const float* top,
+// The largest entry of each row, and for each block of 256 the sum of e = exp(factor (z - top)) and
+// of e (z - top).
+extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* factor, float* top,
                                   float* mass, float* moment) {
     WIDE(measure_rows, *rows, factor, top, mass, moment);
 }
@@ -113,6 +139,17 @@ extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* fa
 // The standard deviation of each row's finite entries.
 extern "C" void logitmill_deviation(int64_t isa, const Rows* rows, float* out) {
     WIDE(deviation_rows, *rows, out);
+}
+
+// How many entries of each row are not -inf.
+extern "C" void logitmill_count(int64_t isa, const Rows* rows, int64_t* out) {
+    WIDE(count_rows, *rows, out);
+}
+
+// MurmurHash3 x86_32 of n keys of a seed, a position and an id; see engine/rng.py.
+extern "C" void logitmill_hash(int64_t isa, const int64_t* seeds, const int64_t* positions,
+                               const int64_t* ids, int64_t n, int64_t domain, int64_t* out) {
+    WIDE(hash_keys, seeds, positions, ids, n, (uint32_t)domain, out);
 }
 
 // The k largest entries of each row, k <= V: largest first, equal ones by lowest id. No NaN.

@@ -143,6 +143,8 @@ class Library:
             ("measure", None),
             ("deviation", None),
             ("select", None),
+            ("count", None),
+            ("hash", None),
             ("pack", None),
         ):
             getattr(self._dll, f"logitmill_{name}").restype = returned
@@ -182,12 +184,13 @@ class Library:
         self._dll.logitmill_scan(self._isa, _rows(logits), _address(top), _address(ids))
         return top, ids
 
-    def measure(self, logits: Tensor, factor: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-        """Σe and Σe·(z - top) of each block of 256, with e = exp(factor·(z - top)): [R, B].
+    def measure(self, logits: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest entry of each row [R], and Σe and Σe·(z - top) of each block of 256, [R, B].
 
-        factor and top are [R] float32, contiguous.
+        e = exp(factor·(z - top)); factor is [R] float32, contiguous.
         """
         blocks = -(-logits.shape[1] // 256)
+        top = torch.empty(len(logits))
         mass, moment = torch.empty(len(logits), blocks), torch.empty(len(logits), blocks)
         self._dll.logitmill_measure(
             self._isa,
@@ -197,12 +200,32 @@ class Library:
             _address(mass),
             _address(moment),
         )
-        return mass, moment
+        return top, mass, moment
 
     def deviation(self, logits: Tensor) -> Tensor:
         """The population standard deviation of each row's finite entries, [R]."""
         out = torch.empty(len(logits))
         self._dll.logitmill_deviation(self._isa, _rows(logits), _address(out))
+        return out
+
+    def count(self, logits: Tensor) -> Tensor:
+        """How many entries of each row are not -inf, [R] int64."""
+        out = torch.empty(len(logits), dtype=torch.int64)
+        self._dll.logitmill_count(self._isa, _rows(logits), _address(out))
+        return out
+
+    def hash(self, seeds: Tensor, positions: Tensor, ids: Tensor, domain: int) -> Tensor:
+        """`engine.rng.hash32` of int64 tensors of one shape, all contiguous."""
+        out = torch.empty_like(ids)
+        self._dll.logitmill_hash(
+            self._isa,
+            _address(seeds),
+            _address(positions),
+            _address(ids),
+            c_int64(ids.numel()),
+            c_int64(domain),
+            _address(out),
+        )
         return out
 
     def select(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

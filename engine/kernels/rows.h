@@ -1,4 +1,4 @@
-// Passes over rows of logits [R, V]; `engine/numerics.py` and `engine/ranking.py` are the reference.
+// Passes over rows of logits [R, V]; `engine/numerics.py` is the reference.
 // Each row is done by one thread in one fixed order, so its result depends on that row alone.
 
 constexpr int64_t kBlock = 256;  // tokens per block of the vocabulary
@@ -13,32 +13,32 @@ INLINE Vec load_tail(const float* row, int64_t i, int64_t vocab, float fill) {
     return load(rest);
 }
 
-INLINE int64_t nans(Vec v) {
-    const IntVec is_nan = v != v;
-    int64_t any = 0;
-    for (int lane = 0; lane < kLanes; ++lane) any |= is_nan[lane];
-    return any;
+// Which lanes of a comparison's result hold true, a bit each.
+INLINE uint32_t bits_of(IntVec mask) {
+#if ISA == 512
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif ISA == 256
+    __m256 halves[2];
+    std::memcpy(halves, &mask, sizeof mask);
+    return (uint32_t)_mm256_movemask_ps(halves[0]) | (uint32_t)_mm256_movemask_ps(halves[1]) << 8;
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= (uint32_t)(mask[lane] & 1) << lane;
+    return bits;
+#endif
 }
 
 // The largest entry of a row, NaN if it holds one, and the lowest id that has it.
 INLINE void scan(const float* row, int64_t vocab, float* top, int64_t* id) {
     Vec best = splat(kNegInf);
-    Vec poison = splat(0);  // NaN once a NaN or an infinity was seen
+    IntVec nans = {};
     for (int64_t i = 0; i < vocab; i += kLanes) {
         const Vec v = load_tail(row, i, vocab, kNegInf);
         best = max(best, v);
-        poison += v - v;
+        nans |= v != v;
     }
-    *top = largest(best);
+    *top = bits_of(nans) ? NAN : largest(best);
     *id = 0;
-    if (nans(poison)) {  // rare: banned tokens are -inf
-        for (int64_t i = 0; i < vocab; ++i) {
-            if (row[i] != row[i]) {
-                *top = row[i];
-                return;
-            }
-        }
-    }
     for (int64_t i = 0; i < vocab; i += kLanes) {
         const IntVec same = load_tail(row, i, vocab, NAN) == *top;
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -48,6 +48,12 @@ INLINE void scan(const float* row, int64_t vocab, float* top, int64_t* id) {
             }
         }
     }
+}
+
+INLINE float maximum(const float* row, int64_t vocab) {
+    Vec best = splat(kNegInf);
+    for (int64_t i = 0; i < vocab; i += kLanes) best = max(best, load_tail(row, i, vocab, kNegInf));
+    return largest(best);
 }
 
 // For each block of a row: the sum of e = exp(factor · (z - top)), and the sum of e · (z - top).
@@ -87,19 +93,18 @@ INLINE float deviation(const float* row, int64_t vocab) {
     return (float)std::sqrt(squares / count);
 }
 
+INLINE int64_t count_finite(const float* row, int64_t vocab) {
+    IntVec counts = {};
+    for (int64_t i = 0; i < vocab; i += kLanes) counts -= load_tail(row, i, vocab, kNegInf) > kNegInf;
+    return sum(__builtin_convertvector(counts, Vec));  // small integers: exact
+}
+
 // A float's bits such that integers order as the floats do, largest first.
 INLINE uint32_t descending(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     if (bits == 0x80000000u) bits = 0;  // -0 is 0
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
-}
-
-INLINE int64_t count_set(IntVec mask) {
-    IntVec ones = mask & 1;
-    int64_t count = 0;
-    for (int lane = 0; lane < kLanes; ++lane) count += ones[lane];
-    return count;
 }
 
 INLINE int64_t count_at_least(const float* x, int64_t size, float bound) {
@@ -110,11 +115,14 @@ INLINE int64_t count_at_least(const float* x, int64_t size, float bound) {
 
 // Some bound that at least k entries of x reach and not many more, k <= size; size is a multiple of 16.
 INLINE float bound_of(const float* x, int64_t size, int64_t k) {
-    float high = kNegInf, low = INFINITY;
-    for (int64_t i = 0; i < size; ++i) {
-        high = larger(high, x[i]);
-        if (x[i] > kNegInf) low = smaller(low, x[i]);
+    Vec highest = splat(kNegInf), lowest = splat(INFINITY);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Vec v = load(x + i);
+        highest = max(highest, v);
+        const Vec finite = v > kNegInf ? v : splat(INFINITY);
+        lowest = finite < lowest ? finite : lowest;
     }
+    float high = largest(highest), low = -largest(-lowest);
     if (high == kNegInf || count_at_least(x, size, low) < k) return kNegInf;
     for (int step = 0; step < 24; ++step) {
         const float middle = low + (high - low) * 0.5f;
@@ -122,20 +130,22 @@ INLINE float bound_of(const float* x, int64_t size, int64_t k) {
         const int64_t count = count_at_least(x, size, middle);
         if (count >= k) low = middle;
         else high = middle;
-        if (count == k) break;
+        if (count >= k && count <= k + k / 16) break;
     }
     return low;
 }
 
 // Find entries that include a row's k largest, as keys that sort by value, largest first, then by
-// id; returns how many. `keys` has room for V, `maxima` for V / 16 + 16.
+// id, in the order of their ids; returns how many. `keys` and `maxima` have room for V + 256.
 INLINE int64_t collect(const float* row, int64_t vocab, int64_t k, uint64_t* keys, float* maxima) {
     // Each strip's maximum is an entry, so a bound that k maxima reach is one that k entries reach.
-    constexpr int64_t kStrip = 16 * kLanes;
+    // Short strips are searched longer but let fewer other entries through.
+    int64_t strip = 16 * kLanes;
+    while (strip > kLanes && vocab / (strip / kLanes) < 3 * k) strip /= 2;
     int64_t num_maxima = 0;
-    for (int64_t i = 0; i < vocab; i += kStrip, num_maxima += kLanes) {
+    for (int64_t i = 0; 2 * k < vocab && i < vocab; i += strip, num_maxima += kLanes) {
         Vec top = splat(kNegInf);
-        for (int64_t j = i; j < smaller(i + kStrip, vocab); j += kLanes)
+        for (int64_t j = i; j < smaller(i + strip, vocab); j += kLanes)
             top = max(top, load_tail(row, j, vocab, kNegInf));
         store(maxima + num_maxima, top);
     }
@@ -143,10 +153,9 @@ INLINE int64_t collect(const float* row, int64_t vocab, int64_t k, uint64_t* key
     int64_t count = 0;
     for (int64_t i = 0; i < vocab; i += kLanes) {
         const Vec v = load_tail(row, i, vocab, NAN);
-        const IntVec reached = v >= bound;
-        if (!count_set(reached)) continue;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            if (reached[lane]) keys[count++] = (uint64_t)descending(v[lane]) << 32 | (uint32_t)(i + lane);
+        for (uint32_t left = bits_of(v >= bound); left; left &= left - 1) {
+            const int64_t id = i + __builtin_ctz(left);
+            keys[count++] = (uint64_t)descending(row[id]) << 32 | (uint32_t)id;
         }
     }
     return count;
@@ -157,11 +166,13 @@ void scan_rows(const Rows& rows, float* top, int64_t* id) {
     for (int64_t r = 0; r < rows.count; ++r) scan(rows.at(r), rows.vocab, top + r, id + r);
 }
 
-void measure_rows(const Rows& rows, const float* factor, const float* top, float* mass, float* moment) {
+void measure_rows(const Rows& rows, const float* factor, float* top, float* mass, float* moment) {
     const int64_t blocks = count_blocks(rows.vocab);
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t r = 0; r < rows.count; ++r)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        top[r] = maximum(rows.at(r), rows.vocab);
         measure(rows.at(r), rows.vocab, factor[r], top[r], mass + r * blocks, moment + r * blocks);
+    }
 }
 
 void deviation_rows(const Rows& rows, float* out) {
@@ -169,24 +180,49 @@ void deviation_rows(const Rows& rows, float* out) {
     for (int64_t r = 0; r < rows.count; ++r) out[r] = deviation(rows.at(r), rows.vocab);
 }
 
+void count_rows(const Rows& rows, int64_t* out) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r) out[r] = count_finite(rows.at(r), rows.vocab);
+}
+
+INLINE uint32_t rotated(uint32_t x, int bits) { return x << bits | x >> (32 - bits); }
+
+void hash_keys(const int64_t* seeds, const int64_t* positions, const int64_t* ids, int64_t n,
+               uint32_t domain, int64_t* out) {
+#pragma omp parallel for if (n > 1 << 16)
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t words[] = {(uint32_t)seeds[i], (uint32_t)(seeds[i] >> 32),
+                                  (uint32_t)positions[i], (uint32_t)ids[i]};
+        uint32_t h = domain;
+        for (uint32_t word : words) {
+            h ^= rotated(word * 0xcc9e2d51u, 15) * 0x1b873593u;
+            h = rotated(h, 13) * 5 + 0xe6546b64u;
+        }
+        h ^= 16;  // the number of bytes hashed
+        h = (h ^ h >> 16) * 0x85ebca6bu;
+        h = (h ^ h >> 13) * 0xc2b2ae35u;
+        out[i] = h ^ h >> 16;
+    }
+}
+
 void select_rows(const Rows& rows, int64_t k, float* values, int64_t* ids) {
 #pragma omp parallel
     {
-        uint64_t* keys = (uint64_t*)std::malloc(rows.vocab * sizeof(uint64_t));
-        float* maxima = (float*)std::malloc((rows.vocab / kLanes + 2 * kLanes) * sizeof(float));
+        const int64_t room = rows.vocab + kBlock;
+        uint64_t* keys = (uint64_t*)std::malloc(2 * room * sizeof(uint64_t) + room * sizeof(float));
+        float* maxima = (float*)(keys + 2 * room);
 #pragma omp for schedule(dynamic)
         for (int64_t r = 0; r < rows.count; ++r) {
             const float* row = rows.at(r);
             int64_t found = collect(row, rows.vocab, k, keys, maxima);
             while (found < k) keys[found++] = (uint64_t)descending(kNegInf) << 32;  // a row with NaN
-            sort_keys(keys, found, k);
+            const uint64_t* sorted = sort_keys(keys, keys + room, found, k);
             for (int64_t i = 0; i < k; ++i) {
-                const int64_t id = keys[i] & 0xffffffffu;
+                const int64_t id = sorted[i] & 0xffffffffu;
                 ids[r * k + i] = id;
                 values[r * k + i] = row[id];
             }
         }
-        std::free(maxima);
         std::free(keys);
     }
 }

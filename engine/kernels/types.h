@@ -65,8 +65,9 @@ struct Rows {  // of logits, `stride` elements apart
     const float* at(int64_t row) const { return logits + row * stride; }
 };
 
-// The first k of n keys in order, and the rest in any.
-void sort_keys(uint64_t* keys, int64_t n, int64_t k);
+// Put the k smallest of n keys in order, in one of two buffers of n; returns which. Keys that agree
+// in their upper halves must come in order.
+const uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t n, int64_t k);
 
 struct Step {
     const Decoder* decoder;

@@ -14,6 +14,7 @@ from engine.numerics import (
     best,
     block_masses,
     blocked,
+    count_finite,
     deviation,
     log_sum_exp,
     scan,
@@ -113,6 +114,13 @@ def test_rows_with_a_single_finite_entry() -> None:
     assert total.tolist() == [[4.0], [4.0]]
     assert entropy.tolist() == [[0.0], [0.0]]
     assert deviation(logits).tolist() == [[0.0], [0.0]]
+    assert count_finite(logits).tolist() == [[1], [1]]
+
+
+@SIZES
+def test_dropped_entries_are_not_counted(vocab_size: int) -> None:
+    logits = with_some_dropped(vocab_size)
+    assert torch.equal(count_finite(logits)[:, 0], (logits > NEG_INF).sum(1))
 
 
 def test_a_row_without_a_finite_entry_has_the_maximum_minus_infinity() -> None:
@@ -185,6 +193,16 @@ def test_the_best_come_in_descending_order_and_of_equals_the_lowest_id_first(wid
     assert torch.equal(ids[alive], order[:, :width][alive])
     assert torch.equal(logits.gather(1, ids), values)
     assert all(len(row.unique()) == len(row) for row in ids)
+
+
+@pytest.mark.parametrize("width", [900, 2048, 6000, 16_384, 20_000])
+def test_many_come_in_the_same_order_as_few(width: int) -> None:
+    logits = ties(20_000)[::3]
+    values, ids = best(logits, width)
+    want, order = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, want[:, :width])
+    alive = values > NEG_INF
+    assert torch.equal(ids[alive], order[:, :width][alive])
 
 
 @pytest.mark.parametrize("width", [3, 256])

@@ -165,3 +165,11 @@ def test_the_first_choice_keeps_the_seed_and_no_other_choice_shares_one() -> Non
     derived = {derive(seed, index) for seed in seeds for index in range(128)}
     assert len(derived) == 128 * len(seeds)
     assert all(-(2**63) <= seed < 2**63 for seed in derived)
+
+
+@pytest.mark.parametrize("domain", [Domain.TOKEN, Domain.EXTRA + 3])
+def test_our_kernel_and_torch_give_the_same_hashes(domain: int) -> None:
+    seeds, positions = column(*EXTREMES)[:, None], torch.arange(len(EXTREMES))[:, None]
+    for ids in (torch.arange(300)[None], torch.arange(3000).reshape(10, 300)):
+        by_torch = hash32(seeds, positions, ids, torch.tensor(domain))
+        assert torch.equal(hash32(seeds, positions, ids, domain), by_torch)

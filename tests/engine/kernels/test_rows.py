@@ -1,0 +1,46 @@
+"""Passes over rows of logits, for each vector width alike; their references are in numerics."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.native import Library
+from engine.numerics import NEG_INF
+from tests.support.kernels import libraries
+from tests.support.logits import hard_rows, random_rows
+
+
+def rows() -> Tensor:
+    """Rows of a size that is no multiple of a vector, some with ties, one with a NaN."""
+    logits = random_rows(40, 5003)
+    logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = NEG_INF
+    logits[7, 4999] = float("nan")
+    return torch.cat((hard_rows(5003), logits, logits.round()))
+
+
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: str(library.isa))
+def test_every_vector_width_finds_the_same_entries(library: Library) -> None:
+    logits = rows()
+    widest = libraries()[-1]
+    top, first = library.scan(logits)
+    want, want_first = widest.scan(logits)
+    assert torch.equal(top.nan_to_num(7e9), want.nan_to_num(7e9))
+    assert torch.equal(first, want_first)
+    assert torch.equal(library.count(logits), (logits > NEG_INF).sum(1))
+    for k in (1, 50, 256, 2048, 5003):
+        for got, reference in zip(library.select(logits, k), widest.select(logits, k), strict=True):
+            assert torch.equal(got.nan_to_num(7e9), reference.nan_to_num(7e9))
+
+
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: str(library.isa))
+def test_every_vector_width_measures_what_float64_does(library: Library) -> None:
+    logits = random_rows(8, 5003)
+    factor = torch.tensor([0.5, 1.0]).repeat(4)
+    top, mass, moment = library.measure(logits, factor)
+    z = logits.double() - top.double()[:, None]
+    e = (z * factor.double()[:, None]).exp()
+    torch.testing.assert_close(mass.double().sum(1), e.sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(moment.double().sum(1), (e * z).sum(1), rtol=2e-6, atol=0)
+    assert torch.equal(top, logits.amax(1))
+    wide = logits.double().std(1, correction=0)
+    torch.testing.assert_close(library.deviation(logits).double(), wide, rtol=1e-6, atol=0)
