@@ -197,15 +197,16 @@ def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:
     """
     if not candidates.ranked:
         return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
+    tailed = candidates.tail.nonzero().squeeze(1)
+    if len(tailed) == len(seeds):
+        return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
     place = _winner(candidates.logits, candidates, seeds, positions, Domain.TOKEN)
     if candidates.num_draws is not None and candidates.redrawn is not None:
         place = _draw_more(candidates, place, seeds, positions)
     tokens = candidates.ids.gather(1, place).squeeze(1)
-    whole: list[int] = candidates.tail.nonzero().flatten().tolist()
-    if whole:
-        dense = candidates.dense()[whole]
-        ones = torch.ones(len(whole), device=dense.device)
-        tokens[whole] = draw_dense(dense, ones, seeds[whole], positions[whole])
+    if len(tailed):
+        raw, temperature = candidates.raw[tailed], candidates.temperature[tailed]
+        tokens[tailed] = draw_dense(raw, temperature, seeds[tailed], positions[tailed])
     return tokens
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.candidates import Candidates
+from engine.logits.candidates import WIDER, WIDTH, Candidates
 from engine.logits.pipeline import Pipeline, run_transforms
 from engine.logits.stage import Filter, Stage
 from engine.numerics import NEG_INF, best, log_sum_exp
@@ -72,8 +72,9 @@ def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace
 def _filtered(
     filters: Seq[Stage], logits: Tensor, rows: Rows, stages: list[StageTrace]
 ) -> Candidates:
-    """Run the filters, noting what each of them does, and again if they need all tokens."""
-    for width in (None, logits.shape[1]):
+    """Run the filters, noting what each of them does, and again if they need more tokens."""
+    width = WIDTH
+    while True:
         candidates = Candidates(logits, width)
         noted: list[StageTrace] = []
         for stage in filters:
@@ -88,9 +89,9 @@ def _filtered(
                 noted.append(StageTrace(_name(stage), int(candidates.count), max(1.0 - left, 0.0)))
         candidates.settle()
         if not bool(candidates.unsure.any()):
-            break
-    stages += noted
-    return candidates
+            stages += noted
+            return candidates
+        width *= WIDER
 
 
 def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:

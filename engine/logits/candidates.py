@@ -1,13 +1,16 @@
 """The likeliest tokens of each row: nearly always all that temperature and filters look at."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from engine.numerics import NEG_INF, best, deviation, summarise
+from engine.numerics import NEG_INF, best, count_finite, deviation, summarise
 
 WIDTH = 256
+WIDER = 8  # times as many, where those were not enough
+_Change = Callable[[Tensor, slice | Tensor], Tensor]  # of these rows, to what they become
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
 
 
@@ -15,26 +18,30 @@ class Candidates:
     """Sampled rows on their way through temperature and filters.
 
     Each row has its best `width` (256) tokens, found when a filter first asks: best first, equal
-    ones by lowest id. The others are its tail, which is kept or dropped as one. A filter that would
-    have to look into the tail makes the row `unsure`; whoever runs the filters then runs them again
-    on that row with its whole vocabulary as candidates, the definition of what is right.
+    ones by lowest id. The others are its tail, which is kept or dropped as one, or cut at a floor.
+    A filter that would have to look into the tail makes the row `unsure`; whoever runs the filters
+    then runs them again on that row with more candidates, in the end with its whole vocabulary, the
+    definition of what is right.
 
     The distribution is that of everything not dropped yet, the tail included.
     """
 
     def __init__(self, raw: Tensor, width: int | None = None) -> None:
-        """`raw` [R, V] float32 is only read; every row needs a finite entry."""
-        self.raw = raw
+        """`raw` [R, V] float32 is not written to; every row needs a finite entry."""
+        self.raw = raw  # without what was dropped, in rows whose tails stay
+        self._given = raw
         self.width = min(WIDTH if width is None else width, raw.shape[1])
-        rows = (len(raw),)
+        rows, nowhere = (len(raw),), torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
         self.temperature = torch.ones(rows, device=raw.device)
         self.tail = torch.full(rows, self.width < raw.shape[1], device=raw.device)
-        self.unsure = torch.zeros(rows, dtype=torch.bool, device=raw.device)
+        self.unsure = nowhere
         self.num_draws: Tensor | None = None  # [R]: the likeliest of so many draws is taken
         self.redrawn: Tensor | None = None  # [R] bool: the second draw counts, without the first
+        self.whole = ~nowhere  # [R] bool: nothing dropped that is in `raw`
         self._logits: Tensor | None = None
-        self._whole = torch.ones(rows, dtype=torch.bool, device=raw.device)  # nothing dropped yet
         self._cold: Tensor | None = None  # [R] bool: where a temperature near 0 was asked for
+        self._everything: Tensor | None = None  # `_summary` of whole rows, if not `_stale`
+        self._stale = ~nowhere
 
     @cached_property
     def _best(self) -> tuple[Tensor, Tensor]:
@@ -57,7 +64,7 @@ class Candidates:
             self._logits = _scaled(self._best[0], self.temperature.unsqueeze(1))
         return self._logits
 
-    @property
+    @cached_property
     def alive(self) -> Tensor:
         """Which candidates are left, [R, K]."""
         return self.logits > NEG_INF
@@ -84,7 +91,7 @@ class Candidates:
         """In nats, [R, 1] float64."""
         return self._summary[1]
 
-    @property
+    @cached_property
     def probs(self) -> Tensor:
         """Of each candidate, [R, K] float32.
 
@@ -92,39 +99,58 @@ class Candidates:
         """
         return (self.logits.double() - self.total).exp_().float()
 
+    def probs_of(self, tokens: Tensor) -> Tensor:
+        """Of one token of each row, [R] int64; 0 where it was dropped: [R, 1] float32."""
+        tokens = tokens.unsqueeze(1)
+        is_it = self.ids == tokens
+        own = torch.where(is_it, self.probs, 0.0).sum(1, keepdim=True)
+        scaled = _scaled(self.raw.gather(1, tokens), self.temperature.unsqueeze(1))
+        outside = self.tail.unsqueeze(1) & ~is_it.any(1, keepdim=True)
+        return torch.where(outside, (scaled.double() - self.total).exp_().float(), own)
+
     @property
     def count(self) -> Tensor:
         """How many tokens are left, [R, 1] int64."""
-        own = self.alive.sum(1, keepdim=True)
-        if not self._may_be_whole:
-            return own
-        whole = (self.raw > NEG_INF).sum(1, keepdim=True)
-        return torch.where(self._whole.unsqueeze(1), whole, own)
+        return self._by_row(lambda: self.alive.sum(1, keepdim=True), lambda: count_finite(self.raw))
 
     @property
     def deviation(self) -> Tensor:
         """The population standard deviation of the logits, [R, 1]."""
-        own = deviation(self.logits)
-        if not self._may_be_whole:
-            return own
-        whole = deviation(self.raw) / self.temperature.unsqueeze(1)
-        return torch.where(self._whole.unsqueeze(1), whole, own)
+        return self._by_row(
+            lambda: deviation(self.logits),
+            lambda: deviation(self.raw) / self.temperature.unsqueeze(1),
+        )
 
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor]:
-        # Candidates without the rest of their row do not say what the rest adds.
-        self.unsure |= self.tail & ~self._whole
-        own = summarise(self.logits, torch.ones_like(self.temperature))
-        if not self._may_be_whole:
-            return own
-        everything = summarise(self.raw, self.temperature)
-        whole = self._whole.unsqueeze(1)
-        return torch.where(whole, everything[0], own[0]), torch.where(whole, everything[1], own[1])
+        total, entropy = self._by_row(
+            lambda: torch.stack(summarise(self.logits, torch.ones_like(self.temperature))),
+            self._of_everything,
+        )
+        return total, entropy
 
-    @property
-    def _may_be_whole(self) -> bool:
+    def _by_row(self, own: Callable[[], Tensor], whole: Callable[[], Tensor]) -> Tensor:
+        """A number of each row, [..., R, 1], from its candidates or from `raw`, if it is whole."""
+        if not self.ranked:
+            return whole()
         # Asking a GPU would mean waiting for it.
-        return not self.raw.is_cpu or bool(self._whole.any())
+        if self.raw.is_cpu:
+            count = int(self.whole.sum())
+            if count in (0, len(self.raw)):
+                return whole() if count else own()
+        return torch.where(self.whole.unsqueeze(1), whole(), own())
+
+    def _of_everything(self) -> Tensor:
+        """`_summary` of whole rows, computed once; of others, anything."""
+        its = self._stale & self.whole
+        needed = its.nonzero().squeeze(1) if self.raw.is_cpu else None
+        if self._everything is None or needed is None or len(needed) == len(self.raw):
+            self._everything = torch.stack(summarise(self.raw, self.temperature))
+        elif len(needed):
+            new = summarise(self.raw[needed], self.temperature[needed])
+            self._everything = self._everything.index_copy(1, needed, torch.stack(new))
+        self._stale = self._stale & ~its
+        return self._everything
 
     # -- changes
 
@@ -133,12 +159,15 @@ class Candidates:
 
         All of them together below 0.0001 mean that the likeliest token is taken, by `settle`.
         """
-        cold = self.temperature * temperature.squeeze(1) < _COLDEST
+        temperature = temperature.squeeze(1)
+        cold = self.temperature * temperature < _COLDEST
         self._cold = cold if self._cold is None else self._cold | cold
-        temperature = temperature.clamp(min=_COLDEST)
+        self.temperature = self.temperature * temperature.clamp(min=_COLDEST)
         if self._logits is not None:
-            self._logits = _scaled(self._logits, temperature)
-        self.temperature = self.temperature * temperature.squeeze(1)
+            # From the beginning, so that candidates and tail are rounded alike.
+            scaled = _scaled(self._best[0], self.temperature.unsqueeze(1))
+            self._logits = torch.where(self.alive, scaled, NEG_INF)
+        self._stale = self._stale | (temperature != 1.0)
         self._forget()
 
     def settle(self) -> None:
@@ -156,18 +185,52 @@ class Candidates:
         active = active.squeeze(1)
         self.unsure |= active & self.tail & ~inside.squeeze(1)
         self.tail &= ~active
-        self._whole &= ~active
+        self.whole &= ~active
         self._drop(~mask & active.unsqueeze(1))
 
     def keep_above(self, floor: Tensor, active: Tensor) -> None:
         """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
-        self.keep(self.logits >= floor, active, inside=self.least < floor)
+        all_stay = self.least >= floor
+        self._cut_tail(floor, (active & all_stay).squeeze(1) & self.tail)
+        self.keep(self.logits >= floor, active & ~all_stay, inside=torch.ones_like(all_stay))
+
+    def _cut_tail(self, floor: Tensor, where: Tensor) -> None:
+        """Drop of the tails of some rows [R] what is below `floor`, as no candidate is."""
+
+        def cut(raw: Tensor, its: slice | Tensor) -> Tensor:
+            below = _scaled(raw, self.temperature[its].unsqueeze(1)) < floor[its]
+            return raw.masked_fill(below, NEG_INF)
+
+        self._change_raw(where, cut)
 
     def drop(self, mask: Tensor, sure: Tensor) -> None:
         """Drop some candidates [R, K] and nothing of the tail, if that is `sure` [R, 1]."""
         self.unsure |= self.tail & ~sure.squeeze(1)
-        self._whole &= ~mask.any(1)
+
+        def cut(raw: Tensor, its: slice | Tensor) -> Tensor:
+            return raw.scatter(1, self.ids[its], left[its])
+
+        left = self._best[0].masked_fill(mask | ~self.alive, NEG_INF)
+        where = mask.any(1)
+        self._change_raw(where & self.tail, cut)
+        self.whole &= ~where | self.tail
         self._drop(mask)
+
+    def _change_raw(self, where: Tensor, change: _Change) -> None:
+        """Drop tokens of some rows [R] whose tails stay, so that these rows are whole again."""
+        # Asking a GPU would mean waiting for it.
+        if self.raw.is_cpu:
+            its = where.nonzero().squeeze(1)
+            if not len(its):
+                return
+            if self.raw is self._given:
+                self.raw = self.raw.clone()
+            self.raw[its] = change(self.raw[its], its)
+        else:
+            changed = change(self.raw, slice(None))
+            self.raw = torch.where(where.unsqueeze(1), changed, self.raw)
+        self._stale = self._stale | where
+        self._forget()
 
     def _drop(self, mask: Tensor) -> None:
         self._logits = self.logits.masked_fill(mask, NEG_INF)
@@ -180,7 +243,7 @@ class Candidates:
     def force(self, where: Tensor, token_ids: Tensor) -> None:
         """Leave only one token [R, 1] in some rows [R, 1], unless it has been banned."""
         known = token_ids.clamp(min=0)
-        where = where & (self.raw.gather(1, known) > NEG_INF)
+        where = where & (self._given.gather(1, known) > NEG_INF)
         logits = self.logits.masked_fill(where, NEG_INF)
         values, ids = self._best
         # A token that is no candidate takes the place of the first one.
@@ -191,12 +254,13 @@ class Candidates:
         self._logits = logits.masked_fill(is_it, 0.0)
         forced = where.squeeze(1)
         self.tail &= ~forced
-        self._whole &= ~forced
+        self.whole &= ~forced
         self.unsure &= ~forced
         self._forget()
 
     def _forget(self) -> None:
-        self.__dict__.pop("_summary", None)
+        for name in ("alive", "probs", "_summary"):
+            self.__dict__.pop(name, None)
 
     # -- all tokens again
 

@@ -51,9 +51,7 @@ class Mirostat(Filter):
             candidates.keep(rank <= limit, active=version == 1, inside=inside)
 
     def observe(self, candidates: Candidates, rows: Rows, tokens: Tensor) -> None:
-        drawn = candidates.ids == tokens.unsqueeze(1)
-        prob = torch.where(drawn, candidates.probs, 0.0).double().sum(1, keepdim=True)
-        error = -prob.log2() - self.tau.at(rows)
+        error = -candidates.probs_of(tokens).double().log2() - self.tau.at(rows)
         # Finite, or it could become no number, and no token would be below it.
         largest = torch.finfo(torch.float64).max
         changed = (self.mu.at(rows) - self.eta.at(rows) * error).clamp(-largest, largest)
@@ -64,7 +62,8 @@ class Mirostat(Filter):
 
 def _allowed(candidates: Candidates, mu: Tensor) -> Tensor:
     """How many tokens a limit of `mu` bits allows, [R, 1] int64."""
-    probs = candidates.probs[:, :_FITTED].double()
+    logits = candidates.logits[:, :_FITTED].double()
+    probs = (logits - candidates.total).exp_().float().double()
     pairs = (probs[:, 1:] > 0.0).sum(1, keepdim=True)
     index = torch.arange(probs.shape[1] - 1, dtype=torch.float64, device=probs.device)
     used = index < pairs

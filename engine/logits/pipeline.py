@@ -1,6 +1,6 @@
 """Run on each row the stages it wants, all rows in one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.candidates import Candidates
+from engine.logits.candidates import WIDER, Candidates
 from engine.logits.stage import Filter, Stage, Transform
 from engine.numerics import NEG_INF, scan
 from engine.types import Request, Rows
@@ -82,22 +82,28 @@ class Pipeline:
     def filter(self, logits: Tensor, rows: Rows) -> list[Filtered]:
         """Temperature and filters over sampled rows, each with a finite entry.
 
-        Rows of equal order share a pass. Rows whose filters had to see the whole vocabulary come
-        again, and what comes later counts.
+        Rows of equal order share a pass. Rows whose filters had to see more candidates come again,
+        and what comes later counts.
         """
         order_of = self._order_of[rows.host_lanes]
         present: list[int] = np.unique(order_of).tolist()
         if len(present) == 1:
-            return run_filters(self._wanted_of(self.orders[present[0]], rows), logits, rows)
+            return self._filter(present[0], logits, rows)
         parts: list[Filtered] = []
         for order in present:
             subset: list[int] = np.flatnonzero(order_of == order).tolist()
             index = torch.tensor(subset, device=logits.device)
             its = rows.select(subset, index)
-            for part in run_filters(self._wanted_of(self.orders[order], its), logits[index], its):
+            for part in self._filter(order, logits[index], its):
                 inner = subset if part.subset is None else [subset[i] for i in part.subset]
                 parts.append(Filtered(inner, part.rows, part.candidates))
         return parts
+
+    def _filter(self, order: int, logits: Tensor, rows: Rows) -> list[Filtered]:
+        def wanted(some: Rows) -> list[Stage]:
+            return self._wanted_of(self.orders[order], some)
+
+        return run_filters(wanted(rows), logits, rows, wanted)
 
     def stages_of(self, lane: int) -> tuple[list[Stage], list[Stage]]:
         """The transforms and the filters that a lane wants, in its order."""
@@ -136,19 +142,31 @@ def run_transforms(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> Tenso
     return logits
 
 
-def run_filters(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> list[Filtered]:
-    """Run filters in order, and again on the whole vocabulary of the rows that need it."""
-    candidates = Candidates(logits)
-    _run(stages, candidates, rows)
-    parts = [Filtered(None, rows, candidates)]
-    unsure: list[int] = candidates.unsure.nonzero().flatten().tolist() if candidates.ranked else []
-    if unsure:
+def run_filters(
+    stages: Sequence[Stage],
+    logits: Tensor,
+    rows: Rows,
+    wanted: Callable[[Rows], Sequence[Stage]] | None = None,
+) -> list[Filtered]:
+    """Run filters in order, and again with more candidates on the rows that need them.
+
+    `wanted` are those stages that some of the rows want, if not all of them.
+    """
+    parts: list[Filtered] = []
+    subset: list[int] | None = None
+    width: int | None = None
+    while True:
+        candidates = Candidates(logits, width)
+        _run(stages, candidates, rows)
+        parts.append(Filtered(subset, rows, candidates))
+        unsure: list[int] = candidates.unsure.nonzero().flatten().tolist()
+        if not unsure:
+            return parts
+        subset = unsure if subset is None else [subset[row] for row in unsure]
         index = torch.tensor(unsure, device=logits.device)
-        again = Candidates(logits[index], width=logits.shape[1])
-        its = rows.select(unsure, index)
-        _run(stages, again, its)
-        parts.append(Filtered(unsure, its, again))
-    return parts
+        logits, rows = logits[index], rows.select(unsure, index)
+        width = candidates.width * WIDER
+        stages = stages if wanted is None else wanted(rows)
 
 
 def dense(parts: Sequence[Filtered], like: Tensor) -> Tensor:

@@ -36,9 +36,10 @@ class TailFree(Filter):
             return
         # What was dropped goes to the end, so that the curve has no holes.
         alive = candidates.alive
-        order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)
-        count = alive.sum(1, keepdim=True)
-        probs = candidates.probs.gather(1, order)
+        before = alive.cumsum(1)
+        count = before[:, -1:]
+        place = torch.where(alive, before - 1, count + (~alive).cumsum(1) - 1)
+        probs = torch.zeros_like(candidates.probs).scatter_(1, place, candidates.probs)
         rank = torch.arange(candidates.width, device=probs.device)
         bends = probs.diff(dim=1).diff(dim=1).abs()
         passed = torch.where(rank[:-2] + 2 < count, bends, 0.0).double().cumsum(1)
@@ -53,8 +54,9 @@ class TailFree(Filter):
         keep &= has_tail | (rank < count - 1)
         keep[:, 0] = True
         curved = (count >= 3) & (total > 0.0)
-        keep = torch.zeros_like(keep).scatter_(1, order, keep)
-        candidates.keep(keep, active=(tfs < 1.0) & (curved | has_tail), inside=inside & curved)
+        candidates.keep(
+            keep.gather(1, place), active=(tfs < 1.0) & (curved | has_tail), inside=inside & curved
+        )
 
 
 def _before(passed: Tensor, total: Tensor, tfs: Tensor) -> Tensor:

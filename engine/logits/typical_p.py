@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.numerics import best
 from engine.types import Request, Rows
 
 
@@ -27,10 +28,10 @@ class TypicalP(Filter):
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         typical_p = self.typical_p.at(rows)
         total, entropy = candidates.total.float(), candidates.entropy.float()
-        # Sorting by id first makes the stable sort by distance break ties by lowest id.
-        by_id = candidates.ids.argsort(dim=1)
+        # Of equals `best` takes the first, so sorting by id first makes it the one of lowest id.
+        _, by_id = best(-candidates.ids.float(), candidates.width)
         distance = (candidates.logits - total + entropy).abs().gather(1, by_id)
-        nearest, order = distance.sort(dim=1, stable=True)
+        nearness, order = best(-distance, candidates.width)
         order = by_id.gather(1, order)
         mass = candidates.probs.gather(1, order).cumsum(1)
         keep = F.pad(mass[:, :-1], (1, 0)) < typical_p
@@ -38,7 +39,7 @@ class TypicalP(Filter):
         # The tail is at least as surprising as its bound. It is farther off than all that is kept
         # if that bound is, on the far side of the entropy.
         bound = total - candidates.least - entropy
-        farthest = nearest.masked_fill(~keep, 0.0).amax(1, keepdim=True)
+        farthest = (-nearness).masked_fill(~keep, 0.0).amax(1, keepdim=True)
         inside = (mass[:, -1:] >= typical_p) & (bound > farthest)
         keep = torch.zeros_like(keep).scatter_(1, order, keep)
         candidates.keep(keep, active=typical_p < 1.0, inside=inside)

@@ -104,6 +104,49 @@ def test_what_is_dropped_no_longer_counts() -> None:
     torch.testing.assert_close(some.probs.sum(1), torch.ones(6))
 
 
+@pytest.mark.parametrize("width", [20, VOCAB])
+def test_a_floor_in_the_tail_and_a_hole_in_the_candidates_leave_rows_whole(width: int) -> None:
+    logits = random_rows(6, VOCAB)
+    some = Candidates(logits, width)
+    some.divide(torch.full((6, 1), 0.5))
+    everywhere = torch.ones(6, 1, dtype=torch.bool)
+    floor = (logits / 0.5).sort(1, descending=True)[0][:, 300:301]
+    some.keep_above(floor, active=everywhere)
+    hole = torch.arange(some.width).expand(6, -1) == 1
+    some.drop(hole, sure=everywhere)
+
+    second = logits.argsort(1, descending=True)[:, 1:2]
+    want = (logits / 0.5).masked_fill(logits / 0.5 < floor, NEG_INF).scatter(1, second, NEG_INF)
+
+    assert not some.unsure.any()
+    assert some.tail.tolist() == [width < VOCAB] * 6
+    assert torch.equal(some.dense(), want)
+    assert some.count.tolist() == [[300]] * 6
+    exact = want.double().logsumexp(1, keepdim=True)
+    torch.testing.assert_close(some.total, exact, rtol=1e-6, atol=1e-6)
+    spread = torch.stack([row[row > NEG_INF].double().std(correction=0) for row in want])
+    torch.testing.assert_close(some.deviation[:, 0].double(), spread, rtol=1e-5, atol=0)
+    for rank, alive in ((0, True), (1, False), (2, True), (299, True), (301, False)):
+        token = logits.argsort(1, descending=True)[:, rank]
+        prob = want.double().softmax(1).gather(1, token[:, None])
+        torch.testing.assert_close(some.probs_of(token).double(), prob, rtol=1e-4, atol=0)
+        assert bool((prob > 0).all()) is alive
+
+
+def test_a_row_that_needs_more_gets_eight_times_as_many_at_a_time() -> None:
+    specs = [Spec({"top_k": value}) for value in (10, 300, 3000)]
+    lanes, lane_ids = lanes_for(specs, 5000)
+    stage = TopK(lanes)
+    for lane, spec in zip(lane_ids, specs, strict=True):
+        place(lanes, lane, spec, stage)
+    parts = run_filters([stage], random_rows(3, 5000), rows_of(specs, lane_ids))
+    assert [(part.subset, part.candidates.width) for part in parts] == [
+        (None, 256),
+        ([1, 2], 2048),
+        ([2], 5000),
+    ]
+
+
 def test_nobody_looks_for_the_best_until_a_filter_asks() -> None:
     logits = random_rows(2, VOCAB)
     some = Candidates(logits)
