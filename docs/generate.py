@@ -1,7 +1,7 @@
 """Write the reference pages that follow from the code: parameters.md and options.md.
 
-    python docs/generate.py          writes them
-    python docs/generate.py --check  exits with 1 if they are not up to date
+python docs/generate.py          writes them
+python docs/generate.py --check  exits with 1 if they are not up to date
 """
 
 import sys
