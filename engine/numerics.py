@@ -101,6 +101,18 @@ def deviation(logits: Tensor) -> Tensor:
     return variance.sqrt_().float()
 
 
+def cut_(logits: Tensor, temperature: Tensor, floor: Tensor) -> None:
+    """In place: entries for which z / temperature is below the row's floor become -inf.
+
+    temperature and floor are [R] float32.
+    """
+    if (library := _kernels(logits)) is not None:
+        library.cut(logits, temperature.contiguous(), floor.contiguous())
+    else:
+        below = logits / temperature.unsqueeze(1) < floor.unsqueeze(1)
+        logits.masked_fill_(below, NEG_INF)
+
+
 def best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest entries of each row and their ids: descending, equal ones by lowest id.
 
@@ -113,7 +125,7 @@ def best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     if width == logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True)
     values, ids = logits.topk(width + 1)
-    tied = ((values[:, -1] == values[:, -2]) & (values[:, -1] > NEG_INF)).nonzero().squeeze(1)
+    tied = (values[:, -1] == values[:, -2]).nonzero().squeeze(1)
     ids, order = ids[:, :width].sort(dim=-1)
     values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, order)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.candidates import WIDER, WIDTH, Candidates
+from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline, run_transforms
 from engine.logits.stage import Filter, Stage
 from engine.numerics import NEG_INF, best, log_sum_exp
@@ -73,9 +73,8 @@ def _filtered(
     filters: Seq[Stage], logits: Tensor, rows: Rows, stages: list[StageTrace]
 ) -> Candidates:
     """Run the filters, noting what each of them does, and again if they need more tokens."""
-    width = WIDTH
+    candidates = Candidates(logits)
     while True:
-        candidates = Candidates(logits, width)
         noted: list[StageTrace] = []
         for stage in filters:
             assert isinstance(stage, Filter)
@@ -91,7 +90,7 @@ def _filtered(
         if not bool(candidates.unsure.any()):
             stages += noted
             return candidates
-        width *= WIDER
+        candidates = candidates.wider(torch.zeros_like(rows.lanes))
 
 
 def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:

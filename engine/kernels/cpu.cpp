@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -25,32 +26,31 @@
 
 #include "types.h"
 
-const uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t n, int64_t k) {
-    if (n < 1024) {
-        if (2 * k < n) std::nth_element(keys, keys + k, keys + n);
-        std::sort(keys, keys + (2 * k < n ? k : n));
-        return keys;
-    }
-    // By 11 bits of the upper half at a time, the lowest first.
-    constexpr int kBits = 11, kSize = 1 << kBits, kPasses = 3;
+// By some bits of the upper half at a time, the lowest first; returns the buffer that holds them.
+template <int kBits>
+static const uint64_t* sort_by_digits(uint64_t* keys, uint64_t* other, int64_t n) {
+    constexpr int kSize = 1 << kBits, kPasses = (32 + kBits - 1) / kBits;
     uint32_t counts[kPasses][kSize] = {};
     for (int64_t i = 0; i < n; ++i) {
         const uint64_t half = keys[i] >> 32;
         for (int pass = 0; pass < kPasses; ++pass) ++counts[pass][half >> pass * kBits & (kSize - 1)];
     }
     for (int pass = 0; pass < kPasses; ++pass) {
-        uint32_t begin = 0, most = 0;
-        for (uint32_t& count : counts[pass]) {
-            const uint32_t size = count;
-            most = std::max(most, size);
-            count = begin;
-            begin += size;
-        }
-        if (most == n) continue;
-        for (int64_t i = 0; i < n; ++i)
-            other[counts[pass][keys[i] >> (32 + pass * kBits) & (kSize - 1)]++] = keys[i];
+        const int shift = 32 + pass * kBits;
+        if (counts[pass][keys[0] >> shift & (kSize - 1)] == n) continue;  // all have this digit
+        uint32_t begin = 0;
+        for (uint32_t& count : counts[pass]) begin += std::exchange(count, begin);
+        for (int64_t i = 0; i < n; ++i) other[counts[pass][keys[i] >> shift & (kSize - 1)]++] = keys[i];
         std::swap(keys, other);
     }
+    return keys;
+}
+
+const uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t n, int64_t k) {
+    if (n <= 2 * k && n >= 64) {
+        return n < 2048 ? sort_by_digits<8>(keys, other, n) : sort_by_digits<11>(keys, other, n);
+    }
+    std::partial_sort(keys, keys + k, keys + n);
     return keys;
 }
 
@@ -139,6 +139,12 @@ extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* fa
 // The standard deviation of each row's finite entries.
 extern "C" void logitmill_deviation(int64_t isa, const Rows* rows, float* out) {
     WIDE(deviation_rows, *rows, out);
+}
+
+// In place: entries for which z / temperature is below the row's floor become -inf.
+extern "C" void logitmill_cut(int64_t isa, const Rows* rows, const float* temperature,
+                              const float* floor) {
+    WIDE(cut_rows, *rows, temperature, floor);
 }
 
 // How many entries of each row are not -inf.

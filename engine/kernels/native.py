@@ -143,6 +143,7 @@ class Library:
             ("measure", None),
             ("deviation", None),
             ("select", None),
+            ("cut", None),
             ("count", None),
             ("hash", None),
             ("pack", None),
@@ -207,6 +208,13 @@ class Library:
         out = torch.empty(len(logits))
         self._dll.logitmill_deviation(self._isa, _rows(logits), _address(out))
         return out
+
+    def cut(self, logits: Tensor, temperature: Tensor, floor: Tensor) -> None:
+        """In place: entries for which z / temperature is below the floor become -inf.
+
+        temperature and floor are [R] float32, contiguous.
+        """
+        self._dll.logitmill_cut(self._isa, _rows(logits), _address(temperature), _address(floor))
 
     def count(self, logits: Tensor) -> Tensor:
         """How many entries of each row are not -inf, [R] int64."""

@@ -185,6 +185,23 @@ void count_rows(const Rows& rows, int64_t* out) {
     for (int64_t r = 0; r < rows.count; ++r) out[r] = count_finite(rows.at(r), rows.vocab);
 }
 
+// In place: entries for which z / temperature is below the row's floor become -inf.
+void cut_rows(const Rows& rows, const float* temperature, const float* floor) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        if (floor[r] == kNegInf) continue;
+        float* row = const_cast<float*>(rows.at(r));
+        int64_t i = 0;
+        for (; i + kLanes <= rows.vocab; i += kLanes) {
+            const Vec z = load(row + i);
+            store(row + i, z / temperature[r] < floor[r] ? splat(kNegInf) : z);
+        }
+        for (; i < rows.vocab; ++i) {
+            if (row[i] / temperature[r] < floor[r]) row[i] = kNegInf;
+        }
+    }
+}
+
 INLINE uint32_t rotated(uint32_t x, int bits) { return x << bits | x >> (32 - bits); }
 
 void hash_keys(const int64_t* seeds, const int64_t* positions, const int64_t* ids, int64_t n,

@@ -6,11 +6,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from engine.numerics import NEG_INF, best, count_finite, deviation, summarise
+from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, summarise
 
 WIDTH = 256
 WIDER = 8  # times as many, where those were not enough
-_Change = Callable[[Tensor, slice | Tensor], Tensor]  # of these rows, to what they become
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
 
 
@@ -34,14 +33,23 @@ class Candidates:
         rows, nowhere = (len(raw),), torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
         self.temperature = torch.ones(rows, device=raw.device)
         self.tail = torch.full(rows, self.width < raw.shape[1], device=raw.device)
-        self.unsure = nowhere
+        self.unsure = nowhere.clone()
         self.num_draws: Tensor | None = None  # [R]: the likeliest of so many draws is taken
         self.redrawn: Tensor | None = None  # [R] bool: the second draw counts, without the first
         self.whole = ~nowhere  # [R] bool: nothing dropped that is in `raw`
         self._logits: Tensor | None = None
         self._cold: Tensor | None = None  # [R] bool: where a temperature near 0 was asked for
-        self._everything: Tensor | None = None  # `_summary` of whole rows, if not `_stale`
-        self._stale = ~nowhere
+        self._cut = nowhere  # [R] bool: not as given
+        # `_summary` of whole rows, and the temperature for which it was computed.
+        self._everything = torch.zeros(2, len(raw), 1, dtype=torch.float64, device=raw.device)
+        self._known_at = torch.zeros(rows, device=raw.device)
+
+    def wider(self, rows: Tensor) -> "Candidates":
+        """Some rows [r] as they were at first, with more candidates."""
+        other = Candidates(self._given[rows], self.width * WIDER)
+        other._everything = self._everything[:, rows]
+        other._known_at = torch.where(self._cut[rows], 0.0, self._known_at[rows])
+        return other
 
     @cached_property
     def _best(self) -> tuple[Tensor, Tensor]:
@@ -141,15 +149,16 @@ class Candidates:
         return torch.where(self.whole.unsqueeze(1), whole(), own())
 
     def _of_everything(self) -> Tensor:
-        """`_summary` of whole rows, computed once; of others, anything."""
-        its = self._stale & self.whole
+        """`_summary` of whole rows, computed once for a temperature; of others, anything."""
+        its = (self._known_at != self.temperature) & self.whole
+        # Asking a GPU would mean waiting for it.
         needed = its.nonzero().squeeze(1) if self.raw.is_cpu else None
-        if self._everything is None or needed is None or len(needed) == len(self.raw):
+        if needed is None or len(needed) == len(self.raw):
             self._everything = torch.stack(summarise(self.raw, self.temperature))
         elif len(needed):
             new = summarise(self.raw[needed], self.temperature[needed])
             self._everything = self._everything.index_copy(1, needed, torch.stack(new))
-        self._stale = self._stale & ~its
+        self._known_at = torch.where(its, self.temperature, self._known_at)
         return self._everything
 
     # -- changes
@@ -167,7 +176,6 @@ class Candidates:
             # From the beginning, so that candidates and tail are rounded alike.
             scaled = _scaled(self._best[0], self.temperature.unsqueeze(1))
             self._logits = torch.where(self.alive, scaled, NEG_INF)
-        self._stale = self._stale | (temperature != 1.0)
         self._forget()
 
     def settle(self) -> None:
@@ -196,41 +204,35 @@ class Candidates:
 
     def _cut_tail(self, floor: Tensor, where: Tensor) -> None:
         """Drop of the tails of some rows [R] what is below `floor`, as no candidate is."""
-
-        def cut(raw: Tensor, its: slice | Tensor) -> Tensor:
-            below = _scaled(raw, self.temperature[its].unsqueeze(1)) < floor[its]
-            return raw.masked_fill(below, NEG_INF)
-
-        self._change_raw(where, cut)
+        if self._changes_raw(where):
+            its = torch.where(where, floor.squeeze(1), NEG_INF)
+            cut_(self.raw, self.temperature, its)
 
     def drop(self, mask: Tensor, sure: Tensor) -> None:
         """Drop some candidates [R, K] and nothing of the tail, if that is `sure` [R, 1]."""
         self.unsure |= self.tail & ~sure.squeeze(1)
-
-        def cut(raw: Tensor, its: slice | Tensor) -> Tensor:
-            return raw.scatter(1, self.ids[its], left[its])
-
-        left = self._best[0].masked_fill(mask | ~self.alive, NEG_INF)
-        where = mask.any(1)
-        self._change_raw(where & self.tail, cut)
-        self.whole &= ~where | self.tail
+        touched = mask.any(1)
+        where = touched & self.tail
         self._drop(mask)
+        self.whole &= ~touched | self.tail
+        if self._changes_raw(where):
+            gone = self.tail.unsqueeze(1) & ~self.alive
+            self.raw.scatter_(1, self.ids, self._best[0].masked_fill(gone, NEG_INF))
 
-    def _change_raw(self, where: Tensor, change: _Change) -> None:
-        """Drop tokens of some rows [R] whose tails stay, so that these rows are whole again."""
+    def _changes_raw(self, where: Tensor) -> bool:
+        """Something is about to be dropped from `raw` in some rows [R], so that they stay whole.
+
+        Returns whether there are any.
+        """
         # Asking a GPU would mean waiting for it.
-        if self.raw.is_cpu:
-            its = where.nonzero().squeeze(1)
-            if not len(its):
-                return
-            if self.raw is self._given:
-                self.raw = self.raw.clone()
-            self.raw[its] = change(self.raw[its], its)
-        else:
-            changed = change(self.raw, slice(None))
-            self.raw = torch.where(where.unsqueeze(1), changed, self.raw)
-        self._stale = self._stale | where
+        if self.raw.is_cpu and not bool(where.any()):
+            return False
+        if self.raw is self._given:
+            self.raw = self.raw.clone()
+        self._cut = self._cut | where
+        self._known_at = self._known_at.masked_fill(where, 0.0)
         self._forget()
+        return True
 
     def _drop(self, mask: Tensor) -> None:
         self._logits = self.logits.masked_fill(mask, NEG_INF)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.candidates import WIDER, Candidates
+from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter, Stage, Transform
 from engine.numerics import NEG_INF, scan
 from engine.types import Request, Rows
@@ -154,9 +154,8 @@ def run_filters(
     """
     parts: list[Filtered] = []
     subset: list[int] | None = None
-    width: int | None = None
+    candidates = Candidates(logits)
     while True:
-        candidates = Candidates(logits, width)
         _run(stages, candidates, rows)
         parts.append(Filtered(subset, rows, candidates))
         unsure: list[int] = candidates.unsure.nonzero().flatten().tolist()
@@ -164,8 +163,7 @@ def run_filters(
             return parts
         subset = unsure if subset is None else [subset[row] for row in unsure]
         index = torch.tensor(unsure, device=logits.device)
-        logits, rows = logits[index], rows.select(unsure, index)
-        width = candidates.width * WIDER
+        candidates, rows = candidates.wider(index), rows.select(unsure, index)
         stages = stages if wanted is None else wanted(rows)
 
 

@@ -15,6 +15,7 @@ from engine.numerics import (
     block_masses,
     blocked,
     count_finite,
+    cut_,
     deviation,
     log_sum_exp,
     scan,
@@ -121,6 +122,20 @@ def test_rows_with_a_single_finite_entry() -> None:
 def test_dropped_entries_are_not_counted(vocab_size: int) -> None:
     logits = with_some_dropped(vocab_size)
     assert torch.equal(count_finite(logits)[:, 0], (logits > NEG_INF).sum(1))
+
+
+@SIZES
+def test_a_floor_cuts_what_is_below_it_after_temperature(vocab_size: int) -> None:
+    logits = with_some_dropped(vocab_size)
+    logits = torch.cat((logits, logits.round()))
+    temperature = torch.tensor([0.7, 1.0, 1.7, 0.01]).repeat(32)
+    scaled = logits / temperature[:, None]
+    floor = scaled.sort(1, descending=True)[0][:, vocab_size // 3]
+    floor[::5] = NEG_INF
+    got = logits.clone()
+    cut_(got, temperature, floor)
+    want = torch.where(scaled < floor[:, None], NEG_INF, logits)
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
 
 
 def test_a_row_without_a_finite_entry_has_the_maximum_minus_infinity() -> None:
