@@ -1,0 +1,37 @@
+"""An engine in this process, for benchmarks that need one."""
+
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.load import load_engine
+from engine.models.source import Source, locate, read_config
+from engine.params import SamplingParams
+from engine.prepare import ModelInfo, Output, prepare
+
+
+def load(model: str, **options: Any) -> tuple[EngineCore, ModelInfo]:
+    """Load what --model names, with the options its config in configs/ has, and these."""
+    shipped = read_config(model) or {}
+    source = Source.model_validate(shipped["source"]) if "source" in shipped else None
+    config = EngineConfig.model_validate(shipped.get("engine", {}) | {"model": model} | options)
+    return load_engine(config, locate(model, source).fetch())
+
+
+def submit(
+    core: EngineCore,
+    info: ModelInfo,
+    request_id: str,
+    prompt_ids: list[int],
+    params: dict[str, Any],
+    output: Output,
+) -> None:
+    """Give an engine one request, prepared as the server does."""
+    checked = SamplingParams.model_validate({"ignore_eos": True} | params)
+    core.submit(prepare(prompt_ids, checked, output, info, core.tokenizer, request_id=request_id))
+
+
+def stop(core: EngineCore, request_ids: list[str]) -> None:
+    """Abort requests."""
+    for request_id in request_ids:
+        core.abort(request_id)
