@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
 
@@ -14,7 +15,8 @@ class BlockPool:
 
     Written by the scheduler only. A block is free when nothing references it; a free block that
     is registered under a hash can still be found by it, until it is taken for something else.
-    `free` is a dict because its order is the eviction order: least recently freed first.
+    `free` is in the order of eviction: first those that hold nothing worth finding, the one freed
+    last before the others because its memory is warm; then the least recently freed.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -23,7 +25,7 @@ class BlockPool:
         self.refs = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.by_hash: dict[bytes, int] = {}
-        self.free: dict[int, None] = dict.fromkeys(range(num_blocks))
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
     def num_free(self) -> int:
@@ -37,7 +39,7 @@ class BlockPool:
         """Reference `count` free blocks, forgetting what they held. Raises OutOfBlocks."""
         if count > len(self.free):
             raise OutOfBlocks
-        blocks = [self._pop_oldest() for _ in range(count)]
+        blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self.refs[block] = 1
             self._forget(block)
@@ -60,6 +62,8 @@ class BlockPool:
             self.refs[block] -= 1
             if self.refs[block] == 0:
                 self.free[block] = None
+                if self.hashes[block] is None:
+                    self.free.move_to_end(block, last=False)
 
     def register(self, block: int, key: bytes) -> None:
         """Let a full block be found by the hash of everything up to its end."""
@@ -81,11 +85,6 @@ class BlockPool:
         """No longer find these blocks: what they hold is not to be trusted."""
         for block in blocks:
             self._forget(block)
-
-    def _pop_oldest(self) -> int:
-        block = next(iter(self.free))
-        del self.free[block]
-        return block
 
     def _forget(self, block: int) -> None:
         key = self.hashes[block]

@@ -124,6 +124,24 @@ extern "C" void logitmill_linear(int64_t isa, const Matrix* w, const float* x, i
     WIDE(linear, *w, x, num_rows, out, scratch);
 }
 
+// Copies the first tokens of cache blocks, in every tensor of the cache.
+extern "C" void logitmill_copy_blocks(const CacheTensor* tensors, int64_t num_tensors,
+                                      const BlockCopy* copies, int64_t num_copies) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < num_tensors; ++t) {
+        const CacheTensor& tensor = tensors[t];
+        const int64_t head_bytes = tensor.block_size * tensor.token_bytes;
+        for (int64_t c = 0; c < num_copies; ++c) {
+            const int64_t bytes = copies[c].num_tokens * tensor.token_bytes;
+            for (int64_t h = 0; h < tensor.heads; ++h) {
+                const int64_t from = copies[c].source * tensor.heads + h;
+                const int64_t to = copies[c].target * tensor.heads + h;
+                std::memcpy(tensor.data + to * head_bytes, tensor.data + from * head_bytes, bytes);
+            }
+        }
+    }
+}
+
 // The largest entry of each row, NaN if it holds one, and the lowest id that has it.
 extern "C" void logitmill_scan(int64_t isa, const Rows* rows, float* top, int64_t* id) {
     WIDE(scan_rows, *rows, top, id);

@@ -8,6 +8,7 @@ and finds torch's when it is loaded after it. The variable LOGITMILL_KERNELS cho
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -98,6 +99,15 @@ class Decoder(Structure):
     )
 
 
+class CacheTensor(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("heads", c_int64),
+        ("block_size", c_int64),
+        ("token_bytes", c_int64),
+    )
+
+
 class Rows(Structure):
     _fields_ = (
         ("logits", c_void_p),
@@ -139,6 +149,7 @@ class Library:
             ("scratch_bytes", c_int64),
             ("forward", None),
             ("linear", None),
+            ("copy_blocks", None),
             ("scan", None),
             ("measure", None),
             ("deviation", None),
@@ -177,6 +188,20 @@ class Library:
             c_void_p(out),
             c_void_p(scratch),
         )
+
+    def copy_blocks(self, tensors: Sequence[Tensor], copies: Tensor) -> None:
+        """Copy the first tokens of blocks in all tensors [N, heads, block size, D] of a cache.
+
+        copies [n, 3] int64 holds source, target and number of tokens.
+        """
+        cache = (CacheTensor * len(tensors))(
+            *(
+                CacheTensor(t.data_ptr(), t.shape[1], t.shape[2], t.shape[3] * t.itemsize)
+                for t in tensors
+            )
+        )
+        count = c_int64(len(tensors))
+        self._dll.logitmill_copy_blocks(cache, count, _address(copies), c_int64(len(copies)))
 
     def scan(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest entry of each row [R], NaN if it holds one, and the lowest id with it [R]."""

@@ -58,6 +58,16 @@ struct Decoder {
     float eps, scale, rope_scale;
 };
 
+struct CacheTensor {  // [blocks, heads, block_size, D]: keys or values of a layer
+    uint8_t* data;
+    int64_t heads, block_size;
+    int64_t token_bytes;  // of one head's D elements
+};
+
+struct BlockCopy {
+    int64_t source, target, num_tokens;
+};
+
 struct Rows {  // of logits, `stride` elements apart
     const float* logits;
     int64_t count, vocab, stride;

@@ -72,9 +72,21 @@ def test_what_was_freed_first_is_taken_first_and_the_end_of_a_sequence_before_it
 ):
     pool = BlockPool(6, 16)
     first, second = pool.take(3), pool.take(3)
+    for block, name in zip(first + second, keys(6), strict=True):
+        pool.register(block, name)
     pool.release(first)
     pool.release(second)
     assert pool.take(6) == first[::-1] + second[::-1]
+
+
+def test_blocks_that_nobody_can_find_are_taken_before_others_and_the_last_freed_first() -> None:
+    pool = BlockPool(5, 16)
+    cached(pool, 2)
+    unnamed = pool.take(3)
+    pool.release(unnamed[:1])
+    pool.release(unnamed[1:])
+    assert pool.take(3) == [unnamed[1], unnamed[2], unnamed[0]]
+    assert len(pool.by_hash) == 2
 
 
 def test_a_taken_block_is_no_longer_found() -> None:
