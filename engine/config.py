@@ -66,6 +66,11 @@ class EngineConfig(BaseModel):
         description="int8: on CPU, multiply by weights of 8 bits in groups of 32, or of 4 bits "
         "where the checkpoint has them. auto: int8, unless --dtype names a type",
     )
+    amateur_model: str | None = Field(
+        default=None,
+        description="A smaller model of the same vocabulary, for contrastive decoding "
+        "(`cd_amateur`)",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads for tensor operations; default: all cores"
     )
@@ -95,6 +100,9 @@ class EngineConfig(BaseModel):
         ge=1,
         description="Most tokens computed in one step; longer prompts are split. Default: 512 on "
         "CPU, 4096 on CUDA",
+    )
+    max_beam_width: int = Field(
+        default=64, ge=1, description="Most hypotheses a beam search may keep"
     )
     max_waiting: int = Field(
         default=1024,

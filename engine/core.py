@@ -4,41 +4,45 @@ import logging
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from engine import rng
+from engine.beside import Member, Surroundings
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.errors import EngineError, GenerationFailed
+from engine.growth import ends
 from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.models.base import Model
 from engine.numerics import scanned
-from engine.probing import Probed, attention_signals
 from engine.runner import Forwarded, Runner
-from engine.sampler import NOT_A_NUMBER, Sampler, report
+from engine.sampler import Sampler, Samples, report
 from engine.scheduler import Scheduler
 from engine.strategies import choose
 from engine.strategies.base import View
-from engine.text import Detokenizer, TextStream
+from engine.text import Detokenizer, Settled, TextStream
 from engine.tokenizer import Tokenizer
 from engine.trace import trace_layers
 from engine.types import (
+    NOT_A_NUMBER,
+    Candidate,
     Chunk,
     Delta,
     Failed,
     Finished,
     FinishReason,
     Group,
+    LayerTrace,
+    Plan,
     Request,
     Rows,
     Sequence,
     StepStats,
     Token,
-    TokenTrace,
 )
 from engine.vocabulary import Vocabulary
 
@@ -62,20 +66,29 @@ class EngineCore:
         num_blocks: int,
         context_len: int,
         device: str,
+        amateur: Model | None = None,
     ) -> None:
+        """Put an engine around a model, and the amateur of contrastive decoding if there is one.
+
+        Each has `num_blocks` of cache.
+        """
         self.model = model
+        self.models = [model] if amateur is None else [model, amateur]
         self.tokenizer = tokenizer
         self.device = device
         self.mode = config.logprobs_mode
         self.vocab_size = min(model.vocab_size, tokenizer.size)
-        self.runner = Runner(model, num_blocks, config.block_size, device)
+        self.runners = [
+            Runner(one, num_blocks, config.block_size, device, index)
+            for index, one in enumerate(self.models)
+        ]
         vocabulary = Vocabulary(
             lambda: [tokenizer.text_of(i) for i in range(self.vocab_size)], device
         )
         self.lanes = Lanes(config.max_num_seqs, context_len, device, vocabulary)
         self.sampler = Sampler(self.lanes, Pipeline(STAGES, self.lanes, ORDERS), self.mode)
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
+            [BlockPool(num_blocks, config.block_size) for _ in self.models],
             self.lanes,
             self.sampler,
             budget=config.batch_tokens(device),
@@ -86,9 +99,12 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Queue a request. What it may hold was checked where it was prepared."""
-        strategy = choose(request.params)
-        live = [self._sequence(request, index) for index in range(strategy.width)]
-        self.scheduler.add(Group(request, strategy, live))
+        strategy = choose(request)
+        live = [self._sequence(request, index) for index in range(strategy.copies)]
+        group = Group(request, strategy, live)
+        if request.stream and strategy.settles:
+            group.settled = Settled(live[0].stream, request.params.min_tokens)
+        self.scheduler.add(group)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free everything it holds; unknown ones are no error."""
@@ -101,14 +117,26 @@ class EngineCore:
     def _sequence(self, request: Request, index: int) -> Sequence:
         detokenizer = Detokenizer(self.tokenizer, request.skip_special_tokens)
         detokenizer.prime(request.prompt_ids)
+        stream = TextStream(
+            detokenizer, request.stop_strings, request.params.include_stop_str_in_output
+        )
+        seed = rng.derive(request.seed, index)
+        companion = None
+        if request.companion_ids:
+            ids = list(request.companion_ids)
+            model = 1 if request.params.cd_amateur is not None else 0
+            companion = Sequence(index, seed, ids, len(ids), stream, model=model)
+        # If there are thoughts to think, what follows them is appended after the last one.
+        hidden = [*request.hidden_ids, *(() if request.num_thoughts else request.end_ids)]
+        ids = [*request.prompt_ids, *hidden]
         return Sequence(
             index,
-            rng.derive(request.seed, index),
-            list(request.prompt_ids),
-            len(request.prompt_ids) - request.forced_len,
-            TextStream(
-                detokenizer, request.stop_strings, request.params.include_stop_str_in_output
-            ),
+            seed,
+            ids,
+            len(ids) - request.forced_len,
+            stream,
+            num_hidden=len(hidden),
+            companion=companion,
         )
 
     # -- the step
@@ -118,137 +146,169 @@ class EngineCore:
         """Compute one step and say what came of it."""
         plan = self.scheduler.plan()
         assert plan.chunks, "work is waiting, but none of it can be planned"
-        forwarded = self.runner.forward(plan)
+        forwarded = [runner.forward(plan) for runner in self.runners]
+        around = Surroundings(self.models, forwarded, self.vocab_size, self.device)
         self.scheduler.computed(plan)
+        messages = self._look_at_prompts(plan, forwarded[0], around)
+        sequences: list[Sequence] = []
+        ready: list[Group] = []
+        for group in self.scheduler.ready(plan):
+            if group.thinks:
+                assert forwarded[0] is not None
+                row = forwarded[0].last_rows[id(group.live[0])]
+                self.scheduler.think(group, forwarded[0].hidden[row].clone())
+            elif group.request.max_tokens == 0:
+                for sequence in group.live:
+                    sequence.finish_reason = FinishReason.LENGTH
+                group.finished = group.live.copy()
+                self.scheduler.drop(group)
+                messages += self._deliver(group, group.finished)
+            else:
+                ready.append(group)
+                sequences += group.live
+        if ready:
+            assert forwarded[0] is not None
+            messages += self._generate(ready, forwarded[0], around)
+        return messages, self.stats(plan.num_tokens, _token_gaps(sequences))
+
+    def _look_at_prompts(
+        self, plan: Plan, forwarded: Forwarded | None, around: Surroundings
+    ) -> list[Message]:
+        """Keep what requests want to know of their prompts from this step's hidden states."""
         messages: list[Message] = []
         for chunk in plan.chunks:
-            request = chunk.group.request
-            if request.prompt_logprobs is None and not request.explained:
+            group, request = chunk.group, chunk.group.request
+            # A group that has failed on the way has no sequences any more.
+            if forwarded is None or chunk.sequence not in group.live[:1]:
                 continue
             try:
                 if request.prompt_logprobs is not None:
                     self._score_prompt(chunk, forwarded)
                 if request.explained:
-                    self._explain(chunk, forwarded)
+                    self._explain(chunk, forwarded, around)
+                if group.strategy.wants.hidden and chunk.start < chunk.sequence.prompt_len:
+                    first = forwarded.first_rows[id(chunk.sequence)]
+                    count = min(chunk.end, chunk.sequence.prompt_len) - chunk.start
+                    group.strategy.remember(chunk.start, forwarded.hidden[first : first + count])
             except GenerationFailed as error:
-                messages.append(self._fail(chunk.group, error))
-        groups = self.scheduler.ready(plan)
-        scored = [group for group in groups if group.request.max_tokens == 0]
-        for group in scored:
-            for sequence in group.live:
-                sequence.finish_reason = FinishReason.LENGTH
-            group.finished = group.live.copy()
-            self.scheduler.drop(group)
-            messages += self._deliver(group, group.finished)
-        generating = [group for group in groups if group.request.max_tokens > 0]
-        gaps_s: tuple[float, ...] = ()
-        if generating:
-            sequences = [sequence for group in generating for sequence in group.live]
-            messages += self._generate(generating, forwarded)
-            gaps_s = _token_gaps(sequences)
-        return messages, self.stats(plan.num_tokens, gaps_s)
+                messages.append(self._fail(group, error))
+        return messages
 
-    def _generate(self, groups: list[Group], forwarded: Forwarded) -> list[Message]:
+    def _generate(
+        self, groups: list[Group], forwarded: Forwarded, around: Surroundings
+    ) -> list[Message]:
         """Sample a token for every live sequence of these groups and let strategies decide."""
-        members = [(group, sequence) for group in groups for sequence in group.live]
-        # Copies of a prompt share the row of the one that was computed.
-        computed = [s if id(s) in forwarded.last_rows else g.live[0] for g, s in members]
+        members = [
+            Member(group, sequence, computed, len(computed.token_ids) - 1)
+            for group in groups
+            for sequence in group.live
+            for computed in [sequence if id(sequence) in forwarded.last_rows else group.live[0]]
+        ]
         rows = Rows.build(
-            [sequence.lane for _, sequence in members],
-            [len(sequence.token_ids) - 1 for _, sequence in members],
+            [one.sequence.lane for one in members],
+            [one.sequence.position for one in members],
             self.device,
         )
-        source = [forwarded.last_rows[id(sequence)] for sequence in computed]
+        hidden = forwarded.hidden[[forwarded.last_rows[id(one.computed)] for one in members]]
         # What lies behind the vocabulary are rows of the embedding that no token has.
-        logits = self.model.logits(forwarded.hidden[source])[:, : self.vocab_size]
-        samples = self.sampler(logits, rows, self._attention(members, computed, forwarded.probed))
+        raw = self.model.logits(hidden)[:, : self.vocab_size]
+        samples = self.sampler(raw, replace(rows, beside=around.of(members)))
         messages: list[Message] = []
         offset = 0
         for group in groups:
-            tokens = []
-            for row in range(offset, offset + len(group.live)):
-                logprob, top = samples.logprobs.get(row, (None, ()))
-                sequence, position = computed[row], rows.host_positions[row]
-                trace = samples.traces.get(row)
-                trace = self._traced(group, trace, sequence, position, forwarded)
-                tokens.append(Token(samples.token_ids[row], "", logprob, top, trace=trace))
-            offset += len(group.live)
-            messages += self._advance(group, tokens)
+            its = slice(offset, offset + len(group.live))
+            offset = its.stop
+            numbers = range(its.start, its.stop)
+            lenses = [self._lens(one, forwarded) for one in members[its]]
+            wants = group.strategy.wants
+            view = View(
+                [self._token(samples, *one) for one in zip(numbers, lenses, strict=True)],
+                [self._candidates(samples, *one) for one in zip(numbers, lenses, strict=True)],
+                raw[its],
+                None if samples.logits is None else samples.logits[its],
+                hidden[its],
+                [around.coverage(one) for one in members[its]] if wants.coverage else [],
+                partial(ends, group.request),
+            )
+            messages += self._advance(group, view)
         self.scheduler.flush()
         return messages
 
-    def _attention(
-        self,
-        members: Seq[tuple[Group, Sequence]],
-        computed: Seq[Sequence],
-        probed: Probed | None,
-    ) -> Tensor | None:
-        """What the rows' newest tokens attended to in the last layer, [R, 4], where it is read."""
-        if probed is None:
-            return None
-        signals = torch.zeros(len(members), 4, device=self.device)
-        for row, ((group, _), sequence) in enumerate(zip(members, computed, strict=True)):
-            if group.request.params.reads_attention:
-                last = len(probed.probe.queries) - 1
-                position = len(sequence.token_ids) - 1
-                scores = probed.scores(sequence, position, last)
-                signals[row] = attention_signals(scores)
-        return signals
+    def _token(self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]) -> Token:
+        logprob, top = samples.logprobs.get(row, (None, ()))
+        trace = samples.traces.get(row)
+        return _through(Token(samples.token_ids[row], "", logprob, top, trace=trace), lens)
 
-    def _traced(
-        self,
-        group: Group,
-        trace: TokenTrace | None,
-        sequence: Sequence,
-        position: int,
-        forwarded: Forwarded,
-    ) -> TokenTrace | None:
-        """A token's trace with what the request wants to see of the layers before it."""
-        wish = group.request.trace
-        if trace is None or wish is None or not wish.layers or forwarded.probed is None:
-            return trace
-        states = forwarded.probed.states(sequence, position)
+    def _candidates(
+        self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]
+    ) -> list[Candidate]:
+        candidates = samples.tops.get(row, [])
+        if not lens:
+            return candidates
+        return [replace(one, token=_through(one.token, lens)) for one in candidates]
+
+    def _lens(self, member: Member, forwarded: Forwarded) -> tuple[LayerTrace, ...]:
+        """What earlier layers alone would say next, where a trace is to hold it."""
+        wish = member.request.trace
+        if wish is None or not wish.layers or forwarded.probed is None:
+            return ()
+        states = forwarded.probed.states(member.computed, member.position)
         hidden = self.model.final_norm(states[list(wish.layers)])
         logits = self.model.logits(hidden)[:, : self.vocab_size]
-        return replace(trace, layers=trace_layers(logits, wish.layers, wish.top))
+        return trace_layers(logits, wish.layers, wish.top)
 
-    def _advance(self, group: Group, tokens: list[Token]) -> list[Message]:
+    def _advance(self, group: Group, view: View) -> list[Message]:
         try:
-            if any(token.id == NOT_A_NUMBER for token in tokens):
+            if any(token.id == NOT_A_NUMBER for token in view.tokens):
                 raise GenerationFailed("the model's logits are not numbers")
             before = len(group.finished)
-            live = group.live
-            branches = group.strategy.advance(live, View(tokens))
+            branches = group.strategy.advance(group.live, view)
             self.scheduler.commit(group, branches)
         except Exception as error:
             log.exception("request %s failed", group.request.request_id)
             return [self._fail(group, error)]
         if not group.first_token_s:
             group.first_token_s = time.monotonic()
-        if not group.strategy.streams:
-            return self._deliver(group, []) if not group.live else []
-        ended = group.finished[before:]
-        return self._deliver(group, (group.live if group.request.stream else []) + ended)
+        if group.strategy.streams:
+            ended = group.finished[before:]
+            return self._deliver(group, (group.live if group.request.stream else []) + ended)
+        return self._settle(group) if group.live else self._deliver(group, [])
 
     def _fail(self, group: Group, error: Exception) -> Failed:
-        pool = self.scheduler.pool
-        held = {block for sequence in group.live for block in sequence.block_table}
+        held: list[set[int]] = [set() for _ in self.runners]
+        for sequence in group.sequences:
+            held[sequence.model].update(sequence.block_table)
         self.scheduler.drop(group)
-        unshared = [block for block in sorted(held) if pool.refs[block] == 0]
-        pool.discard(unshared)
-        self.runner.scrub(unshared)
+        for blocks, pool, runner in zip(held, self.scheduler.pools, self.runners, strict=True):
+            unshared = [block for block in sorted(blocks) if pool.refs[block] == 0]
+            pool.discard(unshared)
+            runner.scrub(unshared)
         if not isinstance(error, EngineError):
             error = GenerationFailed("generation failed unexpectedly")
         return Failed(group.request.request_id, error)
 
     # -- what leaves
 
+    def _settle(self, group: Group) -> list[Message]:
+        """What all sequences of a group that will be told of have in common by now."""
+        if group.settled is None:
+            return []
+        text, tokens = group.settled.take([*group.live, *group.finished])
+        if not text and not tokens:
+            return []
+        request = group.request
+        return [
+            Delta(request.request_id, index, text, tokens, tuple(group.prompt))
+            for index in range(request.params.n)
+        ]
+
     def _deliver(self, group: Group, sequences: Seq[Sequence]) -> list[Message]:
         messages: list[Message] = []
-        if not group.live and not group.strategy.streams:
+        if not group.live:
             ranked = group.strategy.rank(group.finished)
-            messages += [self._delta(group, seq, index) for index, seq in enumerate(ranked)]
-        else:
+            if not group.strategy.streams:
+                messages += [self._delta(group, seq, index) for index, seq in enumerate(ranked)]
+        if group.strategy.streams:
             deltas = [self._delta(group, sequence, sequence.index) for sequence in sequences]
             messages += [d for d in deltas if d.text or d.tokens or d.finish_reason]
         if not group.live:
@@ -256,7 +316,7 @@ class EngineCore:
             messages.append(
                 Finished(
                     request.request_id,
-                    prompt_tokens=len(request.prompt_ids),
+                    prompt_tokens=request.num_prompt,
                     cached_tokens=group.cached_tokens,
                     completion_tokens=sum(seq.num_generated - forced for seq in group.finished),
                     longest_tokens=max(seq.num_generated - forced for seq in group.finished),
@@ -275,6 +335,8 @@ class EngineCore:
     def _delta(self, group: Group, sequence: Sequence, index: int) -> Delta:
         final = sequence.finish_reason is not None
         text, tokens = sequence.stream.take(final=final)
+        if group.settled is not None:
+            text, tokens = group.settled.rest_of(text, tokens)
         return Delta(
             group.request.request_id,
             index,
@@ -284,6 +346,7 @@ class EngineCore:
             sequence.finish_reason,
             sequence.stop_reason,
             tuple(sorted(group.explained.items())) if final else (),
+            sequence.report if final else {},
         )
 
     def stats(self, num_tokens: int = 0, gaps_s: tuple[float, ...] = ()) -> StepStats:
@@ -330,7 +393,7 @@ class EngineCore:
 
     # -- explanations
 
-    def _explain(self, chunk: Chunk, forwarded: Forwarded) -> None:
+    def _explain(self, chunk: Chunk, forwarded: Forwarded, around: Surroundings) -> None:
         """Trace the tokens that a chunk's hidden states predict, where the request asks for it.
 
         A filter with feedback must have seen every output token before. Raises GenerationFailed.
@@ -342,23 +405,26 @@ class EngineCore:
             wanted = position in request.explained
             if position in group.explained or not (wanted or position >= first):
                 continue
+            member = Member(group, sequence, sequence, position - 1)
             rows = Rows.build([sequence.lane], [position - 1], self.device)
             row = forwarded.hidden[offset + position - 1].unsqueeze(0)
             logits = self.model.logits(row)[:, : self.vocab_size]
-            attention = None
-            if request.params.reads_attention and forwarded.probed is not None:
-                last = len(forwarded.probed.probe.queries) - 1
-                scores = forwarded.probed.scores(sequence, position - 1, last)
-                attention = attention_signals(scores).unsqueeze(0)
             forced = position < len(request.prompt_ids)
             token_id = request.prompt_ids[position] if forced else None
-            samples = self.sampler(logits, rows, attention, token_id)
+            rows = replace(rows, beside=around.of([member]))
+            samples = self.sampler(logits, rows, token_id)
             if samples.token_ids[0] == NOT_A_NUMBER:
                 raise GenerationFailed("the model's logits are not numbers")
             if wanted:
-                trace = samples.traces.get(0)
-                trace = self._traced(group, trace, sequence, position - 1, forwarded)
-                group.explained[position] = Token(samples.token_ids[0], "", trace=trace)
+                lens = self._lens(member, forwarded)
+                group.explained[position] = self._token(samples, 0, lens)
+
+
+def _through(token: Token, lens: tuple[LayerTrace, ...]) -> Token:
+    """The token, its trace with what the lens has seen."""
+    if token.trace is None or not lens:
+        return token
+    return replace(token, trace=replace(token.trace, layers=lens))
 
 
 def _token_gaps(sequences: list[Sequence]) -> tuple[float, ...]:

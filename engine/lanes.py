@@ -15,12 +15,15 @@ from torch import Tensor
 from engine.types import Rows
 from engine.vocabulary import Vocabulary
 
+_COLUMNS = 32  # stand together in a tensor, so that a fork copies all of them at once
+Fork = Callable[[list[int], list[int]], None]  # from parents' lanes to their children's
+
 
 class Column:
     """One value per lane, [L], for one parameter of one stage."""
 
-    def __init__(self, num_lanes: int, dtype: torch.dtype, neutral: float, device: str) -> None:
-        self.values = torch.full((num_lanes,), neutral, dtype=dtype, device=device)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
 
     def __setitem__(self, lane: int, value: float) -> None:
         """Write a lane's value; one too large for the column's type counts as the largest."""
@@ -32,9 +35,6 @@ class Column:
     def at(self, rows: Rows) -> Tensor:
         """The rows' values, [R, 1], so that they broadcast over the vocabulary."""
         return self.values[rows.lanes].unsqueeze(1)
-
-    def fork(self, parent: int, child: int) -> None:
-        self.values[child] = self.values[parent]
 
 
 class Ragged:
@@ -83,9 +83,12 @@ class Ragged:
         wanted = row >= 0
         return row[wanted], self.token_ids[wanted], self.values[wanted]
 
-    def fork(self, parent: int, child: int) -> None:
-        mine = self.lanes == parent
-        self.write(child, self.token_ids[mine].tolist(), self.values[mine].tolist())
+    def fork(self, parents: list[int], children: list[int]) -> None:
+        if not len(self.lanes):
+            return
+        for parent, child in zip(parents, children, strict=True):
+            mine = self.lanes == parent
+            self.write(child, self.token_ids[mine].tolist(), self.values[mine].tolist())
 
 
 class Lanes:
@@ -111,14 +114,23 @@ class Lanes:
         self.tokens = torch.zeros(num_lanes, context_len, dtype=torch.int32, device=device)
         self.prompt_lengths = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(num_lanes, dtype=torch.int64, device=device)
-        self._forks: list[Callable[[int, int], None]] = []
+        self._forks: list[Fork] = []
+        self._tables: dict[torch.dtype, tuple[Tensor, int]] = {}  # of columns, and how many it has
         self._states: list[Column] = []
 
     def column(self, dtype: torch.dtype, neutral: float) -> Column:
         """A new value per lane; a fork copies it."""
-        column = Column(self.num_lanes, dtype, neutral, self.device)
-        self._forks.append(column.fork)
-        return column
+        table, used = self._tables.get(dtype, (torch.empty(0), 0))
+        if used == len(table):
+            table, used = torch.empty(_COLUMNS, self.num_lanes, dtype=dtype, device=self.device), 0
+
+            def copy(parents: list[int], children: list[int]) -> None:
+                table[:, children] = table[:, parents]
+
+            self._forks.append(copy)
+        self._tables[dtype] = table, used + 1
+        table[used] = neutral
+        return Column(table[used])
 
     def ragged(self, dtype: torch.dtype = torch.float32, pad: float = 0.0) -> Ragged:
         """A new list per lane; a fork copies it."""
@@ -130,14 +142,14 @@ class Lanes:
         """A new yes or no per lane, on the host; a fork copies it."""
         flags = np.zeros(self.num_lanes, dtype=bool)
 
-        def copy(parent: int, child: int) -> None:
-            flags[child] = flags[parent]
+        def copy(parents: list[int], children: list[int]) -> None:
+            flags[children] = flags[parents]
 
         self._forks.append(copy)
         return flags
 
-    def on_fork(self, copy: Callable[[int, int], None]) -> None:
-        """Have `copy(parent, child)` called at each fork."""
+    def on_fork(self, copy: Fork) -> None:
+        """Have `copy(parents, children)` called when lanes are forked."""
         self._forks.append(copy)
 
     def state(self, dtype: torch.dtype, neutral: float) -> Column:
@@ -175,11 +187,15 @@ class Lanes:
             at = torch.tensor([lanes, positions, token_ids], device=self.device)
             self.tokens[at[0], at[1]] = at[2].to(torch.int32)
 
-    def fork(self, parent: int, child: int) -> None:
-        """Make `child` (already taken) a copy of `parent`, columns and lists included."""
-        self.tokens[child] = self.tokens[parent]
-        self.prompt_lengths[child] = self.prompt_lengths[parent]
-        self.seeds[child] = self.seeds[parent]
-        self.lengths[child] = self.lengths[parent]
+    def fork(self, parents: list[int], children: list[int]) -> None:
+        """Make each of `children` (already taken, and different) a copy of its parent.
+
+        Columns and lists are copied too. No parent is a child.
+        """
+        self.tokens[children] = self.tokens[parents]
+        self.prompt_lengths[children] = self.prompt_lengths[parents]
+        self.seeds[children] = self.seeds[parents]
+        for parent, child in zip(parents, children, strict=True):
+            self.lengths[child] = self.lengths[parent]
         for copy in self._forks:
-            copy(parent, child)
+            copy(parents, children)

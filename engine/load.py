@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable
+from engine.models.base import Model
 from engine.models.load import choose_dtype, load_config, load_model
 from engine.prepare import ModelInfo
 from engine.runner import choose_device, count_blocks
@@ -31,8 +32,13 @@ _SAMPLING = (
 log = logging.getLogger(__name__)
 
 
-def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelInfo]:
-    """Load a model's folder and put an engine around it. Raises ModelUnavailable."""
+def load_engine(
+    config: EngineConfig, folder: Path, amateur: tuple[str, Path] | None = None
+) -> tuple[EngineCore, ModelInfo]:
+    """Load a model's folder and put an engine around it. Raises ModelUnavailable.
+
+    `amateur` is the name and folder of a smaller model for contrastive decoding.
+    """
     started = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -41,12 +47,15 @@ def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelIn
     dtype = choose_dtype(config.dtype, hf_config, device)
     tokenizer = Tokenizer(folder)
     model = load_model(folder, hf_config, dtype, device, quantize=config.quantize)
+    models = [model]
+    if amateur is not None:
+        models.append(_load_amateur(config, amateur, tokenizer, dtype, device))
     context_len = config.max_model_len or model.context_len
     if context_len > model.context_len:
         raise ModelUnavailable(
             f"--max-model-len {context_len} is beyond the model's own {model.context_len}"
         )
-    num_blocks = count_blocks(model, config, device)
+    num_blocks = count_blocks(models, config, device)
     context_len = min(context_len, num_blocks * config.block_size)
     core = EngineCore(
         model,
@@ -55,6 +64,7 @@ def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelIn
         num_blocks=num_blocks,
         context_len=context_len,
         device=device,
+        amateur=models[1] if amateur is not None else None,
     )
     generation = _generation_config(folder)
     info = ModelInfo(
@@ -69,6 +79,11 @@ def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelIn
         model_type=hf_config.model_type,
         identity=_identity(folder, dtype, device),
         num_layers=len(model.kv_shapes),
+        batch_tokens=config.batch_tokens(device),
+        tied=bool(hf_config.get_text_config(decoder=True).tie_word_embeddings),
+        amateur=None if amateur is None else amateur[0],
+        amateur_context_len=models[-1].context_len,
+        max_beam_width=config.max_beam_width,
         has_lens=model.has_lens,
         sampling_defaults=_sampling_defaults(generation),
     )
@@ -83,6 +98,22 @@ def load_engine(config: EngineConfig, folder: Path) -> tuple[EngineCore, ModelIn
         time.monotonic() - started,
     )
     return core, info
+
+
+def _load_amateur(
+    config: EngineConfig,
+    amateur: tuple[str, Path],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    device: str,
+) -> Model:
+    name, folder = amateur
+    if Tokenizer(folder).vocabulary != tokenizer.vocabulary:
+        raise ModelUnavailable(
+            f"--amateur-model {name} has another vocabulary than the model it is to be compared "
+            "with"
+        )
+    return load_model(folder, load_config(folder), dtype, device, quantize=config.quantize)
 
 
 def _identity(folder: Path, dtype: torch.dtype, device: str) -> str:

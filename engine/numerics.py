@@ -90,6 +90,18 @@ def count_finite(logits: Tensor) -> Tensor:
     return (logits > NEG_INF).sum(1, keepdim=True)
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """The logprobs of each row, [R, V] float32; one without a finite entry stays as it is."""
+    top, rest = log_sum_exp(logits)
+    # One after the other: where logits are large, their sum has too few digits in float32.
+    return torch.where(logits > NEG_INF, logits - top - rest, NEG_INF)
+
+
+def finite(values: Tensor) -> Tensor:
+    """As float32, what is beyond ±1e30 as that: later stages can still multiply it."""
+    return values.clamp(-1e30, 1e30).float()
+
+
 def deviation(logits: Tensor) -> Tensor:
     """The population standard deviation of each row's finite entries, [R, 1]."""
     if (library := _kernels(logits)) is not None:

@@ -4,8 +4,10 @@ The HTTP schema, its validation and error messages, the OpenAPI document and
 `docs/parameters.md` all follow from the fields of `SamplingParams`.
 """
 
+from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
+import regex
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -85,6 +87,49 @@ NonEmptyStr = Annotated[str, StringConstraints(min_length=1)]
 BreakerStr = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 
 
+# Choices between types are made here, so that an error names the client's field and no branch of
+# pydantic's.
+
+
+def _token_or_text(value: object) -> object:
+    value = _integral(value)
+    if isinstance(value, bool) or not isinstance(value, int | str | None):
+        raise PydanticCustomError("invalid_type", "Input should be a token id or a string")
+    if value == "":
+        raise PydanticCustomError("invalid_value", "Input should not be empty")
+    return value
+
+
+def _text_or_ids(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return value
+    raise PydanticCustomError("invalid_type", "Input should be a string or a list of token ids")
+
+
+def _layers(value: object) -> object:
+    if value is None or (isinstance(value, str) and value in ("low", "high")):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("invalid_type", "Input should be low, high or a list of layers")
+    layers = [_integral(layer) for layer in value]
+    for index, layer in enumerate(layers):
+        if type(layer) is not int:
+            param = f"dola_layers[{index}]"
+            raise PydanticCustomError("invalid_type", f"{param} must be a layer", {"param": param})
+    return layers
+
+
+def _never_or_bool(value: object) -> object:
+    if isinstance(value, bool) or value == "never":
+        return value
+    raise PydanticCustomError("invalid_type", 'Input should be true, false or "never"')
+
+
+TokenOrText = Annotated[int | str, BeforeValidator(_token_or_text)]
+
+
 class StrictModel(BaseModel):
     """Base of everything read from a client: exact types, `null` the same as absent."""
 
@@ -107,7 +152,7 @@ class EntropixParams(StrictModel):
         default="2024-10-07",
         description="That day's sampler, with attention; or the later one, in nats and without.",
     )
-    clarify_token: Integer | NonEmptyStr | None = Field(
+    clarify_token: TokenOrText | None = Field(
         default=None, description="Token id or text that is put in where the model is lost."
     )
     temperature: Number = Field(default=0.666, gt=0.0, le=2.0, description="Base temperature.")
@@ -119,6 +164,54 @@ class EntropixParams(StrictModel):
     high_ent: Number | None = Field(default=None, ge=0.0, description="Entropy threshold.")
     low_vent: Number | None = Field(default=None, ge=0.0, description="Varentropy threshold.")
     high_vent: Number | None = Field(default=None, ge=0.0, description="Varentropy threshold.")
+
+
+class SedParams(StrictModel):
+    """Numbers of self-evaluation decoding."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    detector: Literal["ratio", "entropy", "either"] = Field(
+        default="ratio", description="What makes a point chaotic."
+    )
+    delta_r: Number = Field(
+        default=0.8, ge=0.0, le=1.0, description="The second probability over the first."
+    )
+    delta_e: Number | None = Field(default=None, gt=0.0, description="Entropy in nats.")
+    k: Integer = Field(default=2, ge=2, le=8, description="Candidates that are tried.")
+    alpha: Number = Field(
+        default=0.5, ge=0.0, le=1.0, description="Weight of the evaluation against the probability."
+    )
+    rollout_tokens: Integer = Field(default=128, ge=1, le=4096, description="Most tokens of a try.")
+    eval_prompt: NonEmptyStr = Field(
+        default="\nIs this answer correct? Answer True or False:",
+        description="Text behind a try, after which the verdict is read.",
+    )
+    verdict_tokens: tuple[NonEmptyStr, NonEmptyStr] = Field(
+        default=(" True", " False"),
+        strict=False,
+        description="The two verdicts; the first token of each counts.",
+    )
+    max_points: Integer = Field(default=8, ge=1, le=64, description="Most chaotic points.")
+
+    @model_validator(mode="after")
+    def _detector_has_a_limit(self) -> Self:
+        if self.detector == "entropy" and self.delta_e is None:
+            raise clash("sed.delta_e is needed by the detector entropy", "sed.delta_e", self)
+        return self
+
+
+class Method(StrEnum):
+    """Who decides which sequences a request has."""
+
+    SAMPLING = "sampling"
+    BEAM = "use_beam_search"
+    CONTRASTIVE = "penalty_alpha"
+    COT = "cot_branches"
+    SED = "sed"
+
+
+TextOrIds = Annotated[NonEmptyStr | list[TokenId], BeforeValidator(_text_or_ids)]
 
 
 class SamplingParams(StrictModel):
@@ -450,10 +543,265 @@ class SamplingParams(StrictModel):
         examples=[{"profile": "2024-10-07"}],
     )
 
+    # -- beam search
+    use_beam_search: bool = Field(
+        default=False,
+        description="Look for the likeliest sequences, `beam_width` at a time, and return the best "
+        "`n`. Temperature and filters have no effect.",
+    )
+    beam_width: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="How many hypotheses are kept. Default: `best_of`, else `n`. Alias "
+        "`num_beams`.",
+        examples=[4],
+    )
+    length_penalty: Number = Field(
+        default=1.0,
+        description="A hypothesis scores Σ logprob / length^this, so that more favours length.",
+    )
+    length_penalty_type: Literal["hf", "gnmt", "vllm"] = Field(
+        default="hf",
+        description="`hf`: output tokens count; `vllm`: prompt tokens too; `gnmt`: ((5 + length) / "
+        "6)^penalty (Wu et al., 2016, arXiv:1609.08144).",
+    )
+    early_stopping: Annotated[
+        bool | Literal["never"],
+        BeforeValidator(_never_or_bool, json_schema_input_type=bool | Literal["never"]),
+    ] = Field(
+        default=False,
+        description="When to end: true, at `beam_width` finished hypotheses; false, when the best "
+        "open one scores no better now; `never`, when it cannot become better.",
+    )
+    beam_prune: Number | None = Field(
+        default=None,
+        gt=0.0,
+        description="Drop tokens whose score is more than this below the step's best, and finished "
+        "hypotheses more than this below the best (GNMT).",
+        examples=[3.0],
+    )
+    coverage_penalty: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="Add this · Σ ln min(attention received, 1) over the prompt (GNMT).",
+        examples=[0.2],
+    )
+    num_beam_groups: Integer = Field(
+        default=1,
+        ge=1,
+        description="Diverse beam search: groups of beams, each kept off what those before it "
+        "chose (Vijayakumar et al., 2016, arXiv:1610.02424).",
+        examples=[2],
+    )
+    diversity_penalty: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="What a token loses for each beam of an earlier group that chose it.",
+        examples=[0.5],
+    )
+    stochastic_beams: bool = Field(
+        default=False,
+        description="Draw the hypotheses without replacement instead of taking the likeliest "
+        "(Kool et al., 2019, arXiv:1903.06059).",
+    )
+    beam_strategy: Literal["breadth", "best_first", "astar"] = Field(
+        default="breadth",
+        description="Which hypothesis is extended next: all of a length; the best; or the best by "
+        "what it can still become (Meister et al., 2020, arXiv:2007.03909).",
+    )
+    beam_memory: Integer = Field(
+        default=0,
+        ge=0,
+        description="Most hypotheses that wait in a best-first search; 0: as many as there are.",
+    )
+
+    # -- contrast
+    penalty_alpha: Number | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Contrastive search: of the `top_k` likeliest tokens, take the one of highest "
+        "(1 - α)·p - α·max cosine to the hidden states before (Su et al., 2022, arXiv:2202.06417).",
+        examples=[0.6],
+    )
+    guidance_scale: Number = Field(
+        default=1.0,
+        description="Classifier-free guidance: away from `negative_prompt` above 1, towards it "
+        "below (Sanchez et al., 2023, arXiv:2306.17806).",
+        examples=[1.5],
+    )
+    negative_prompt: TextOrIds | None = Field(
+        default=None, description="Text or token ids; default: the last token of the prompt."
+    )
+    kl_bandwidth: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="Divide the temperature by 2^(KL / this), KL the divergence from what "
+        "`kl_reference_prompt` would say: colder where the difference matters (Chang et al., 2023, "
+        "arXiv:2306.01286). 0: off.",
+        examples=[1.0],
+    )
+    kl_reference_prompt: TextOrIds | None = Field(
+        default=None, description="The prompt without its source; needed by `kl_bandwidth`."
+    )
+    cd_amateur: NonEmptyStr | None = Field(
+        default=None,
+        description="Contrastive decoding against this model, which the server must have loaded "
+        "(Li et al., 2022, arXiv:2210.15097).",
+    )
+    cd_alpha: Number = Field(
+        default=0.1,
+        gt=0.0,
+        le=1.0,
+        description="Only tokens this fraction as likely as the likeliest are considered.",
+    )
+    cd_beta: Number | None = Field(
+        default=None,
+        ge=0.0,
+        description="Use (1 + β)·z - β·z' (O'Brien and Lewis, 2023, arXiv:2309.09117). Default: "
+        "ln p - ln p'.",
+        examples=[0.5],
+    )
+    cd_temperature: Number = Field(
+        default=1.0, gt=0.0, description="The amateur's temperature in ln p - ln p'."
+    )
+    dola_layers: Annotated[
+        Literal["low", "high"] | list[Integer] | None,
+        BeforeValidator(
+            _layers, json_schema_input_type=Literal["low", "high"] | list[Integer] | None
+        ),
+    ] = Field(
+        default=None,
+        description="DoLa: contrast the last layer with the one of these that differs most (Chuang "
+        "et al., 2023, arXiv:2309.03883).",
+        examples=["high"],
+    )
+    dola_relative_top: Number = Field(
+        default=0.1,
+        gt=0.0,
+        le=1.0,
+        description="DoLa: only tokens this fraction as likely as the likeliest are considered.",
+    )
+    dola_mode: Literal["paper", "hf"] = Field(
+        default="paper",
+        description="DoLa: measure the difference as in the paper, or as transformers' code does.",
+    )
+    dola_norm: bool = Field(
+        default=False, description="DoLa: read earlier layers through the final norm."
+    )
+
+    # -- answers that are looked at
+    cot_branches: Integer | None = Field(
+        default=None,
+        ge=2,
+        le=32,
+        description="CoT-decoding: go on from each of this many first tokens, and return the `n` "
+        "answers the model is surest of (Wang and Zhou, 2024, arXiv:2402.10200).",
+        examples=[5],
+    )
+    cot_branch_position: Integer = Field(
+        default=0, ge=0, description="CoT-decoding: branch after this many tokens."
+    )
+    cot_aggregate: Literal["max", "sum"] = Field(
+        default="sum",
+        description="CoT-decoding: the surest branch first, or the answer whose branches are "
+        "surest together.",
+    )
+    cot_pattern: NonEmptyStr | None = Field(
+        default=None,
+        max_length=1000,
+        description="CoT-decoding: a regular expression whose last match is the answer; default: "
+        "the last number.",
+        examples=["\\\\b(yes|no)\\\\b"],
+    )
+    sed: SedParams | None = Field(
+        default=None,
+        description="Self-evaluation decoding: at uncertain points, try candidates to the end and "
+        "let the model judge them (Luo et al., 2024, arXiv:2405.16552). `{}` takes all defaults.",
+        examples=[{"k": 2}],
+    )
+
+    # -- thinking without words
+    pause_token: TokenOrText | None = Field(
+        default=None, description="The token of `num_pause_tokens`."
+    )
+    num_pause_tokens: Integer = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="Put this many pause tokens behind the prompt, for models that were trained "
+        "with them (Goyal et al., 2023, arXiv:2310.02226).",
+    )
+    num_latent_thoughts: Integer = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Let the last hidden state be the next input this many times before "
+        "answering, for models trained so (Coconut: Hao et al., 2024, arXiv:2412.06769).",
+    )
+
     @property
     def greedy(self) -> bool:
         """Is the likeliest token taken, with no draw?"""
-        return self.temperature < GREEDY_TEMPERATURE
+        searches = self.method in (Method.BEAM, Method.CONTRASTIVE, Method.COT)
+        return searches or self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def method(self) -> Method:
+        """Who decides which sequences there are."""
+        asked = [method for method in Method if method is not Method.SAMPLING and self.asks(method)]
+        return asked[0] if asked else Method.SAMPLING
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Fields that are asked for, but only change what a draw would be, where none is made."""
+        if self.method not in (Method.BEAM, Method.CONTRASTIVE, Method.COT):
+            return []
+        used = {"top_k"} if self.method is Method.CONTRASTIVE else set()
+        seeded = self.stochastic_beams
+        names = [*DRAWING, *(() if seeded else ("seed",))]
+        silent = {"temperature"} if self.temperature == 0.0 else set()
+        return [name for name in names if name not in used | silent and self.asks(name)]
+
+    @property
+    def width_field(self) -> str:
+        """The field that says how many sequences there are."""
+        match self.method:
+            case Method.BEAM if self.beam_width is not None:
+                return "beam_width"
+            case Method.CONTRASTIVE:
+                return "top_k"
+            case Method.COT:
+                return "cot_branches"
+            case Method.SED:
+                return "sed.k"
+            case _:
+                return "n" if self.best_of is None else "best_of"
+
+    @property
+    def beams(self) -> int:
+        """How many hypotheses a beam search keeps."""
+        return self.beam_width or self.best_of or self.n
+
+    @property
+    def best_of_several(self) -> bool:
+        """Are more sequences sampled than returned?"""
+        return self.method is Method.SAMPLING and self.num_sequences > self.n
+
+    @property
+    def has_companion(self) -> bool:
+        """Does each sequence need another one beside it?"""
+        return self.asks("guidance_scale") or self.asks("kl_bandwidth") or self.asks("cd_amateur")
+
+    @property
+    def wants_signals(self) -> bool:
+        """Do its filters look at more than its logits?"""
+        return self.entropix is not None or self.kl_bandwidth > 0.0
+
+    @property
+    def scores_logprobs(self) -> bool:
+        """Do penalties act on logprobs, and the result counts as it is, as in transformers?"""
+        return self.method is Method.BEAM and self.sampler_order == "hf"
 
     @property
     def reads_attention(self) -> bool:
@@ -466,9 +814,24 @@ class SamplingParams(StrictModel):
         return self.max_tokens
 
     @property
+    def reads_layers(self) -> bool:
+        """Does it look into the model to choose tokens?"""
+        return self.reads_attention or self.dola_layers is not None or self.coverage_penalty > 0.0
+
+    @property
     def num_sequences(self) -> int:
-        """How many sequences are generated for each prompt."""
-        return self.best_of or self.n
+        """How many sequences are computed together for each prompt, at the most."""
+        match self.method:
+            case Method.BEAM:
+                return self.beams if self.beam_strategy == "breadth" else 1
+            case Method.CONTRASTIVE:
+                return self.top_k
+            case Method.COT:
+                return self.cot_branches or 1
+            case Method.SED:
+                return max(self.sed.k, 1) if self.sed is not None else 1
+            case _:
+                return self.best_of or self.n
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -488,14 +851,42 @@ class SamplingParams(StrictModel):
                     "{name} and {other} cannot be combined",
                     {"name": name, "other": both[0], "param": name},
                 )
+        for name, other in NEEDS.items():
+            if self.asks(name) and not self.asks(other):
+                raise clash(f"{name} needs {other}", name, self)
+        self._strategy_agrees()
         return self
+
+    def _strategy_agrees(self) -> None:
+        """What only one of the methods needs."""
+        if self.method is Method.BEAM:
+            beams = self.beams
+            if beams < self.n:
+                raise clash("beam_width must be at least n ({n}), got {beam_width}", "n", self)
+            if beams % self.num_beam_groups:
+                message = "num_beam_groups must divide the beam width, got {num_beam_groups}"
+                raise clash(message, "num_beam_groups", self)
+        if self.penalty_alpha is not None and self.top_k < 2:
+            raise clash("penalty_alpha needs a top_k of at least 2, got {top_k}", "top_k", self)
+        if self.cot_pattern is not None:
+            try:
+                regex.compile(self.cot_pattern)
+            except regex.error as error:
+                message = f"cot_pattern is no regular expression: {error}"
+                raise PydanticCustomError(
+                    "invalid_value", "{message}", {"message": message, "param": "cot_pattern"}
+                ) from None
+        if self.cot_branches is not None and self.n > self.cot_branches:
+            raise clash("n must be at most cot_branches ({cot_branches}), got {n}", "n", self)
 
     def asks(self, name: str) -> bool:
         """Does a field ask for anything? Some values besides the default do not."""
         value = getattr(self, name)
-        if name in ("top_k", "top_n_sigma"):
+        if name in ("top_k", "top_n_sigma", "min_p"):
             return bool(value > 0)
-        return bool(value != type(self).model_fields[name].default)
+        if name == "beam_width":
+            return value is not None and value > 1
+        return bool(value != SamplingParams.model_fields[name].default)
 
 
 TRUNCATION = (
@@ -512,11 +903,53 @@ TRUNCATION = (
     "xtc_probability",
 )
 
+# What shapes only the draw.
+DRAWING = (
+    "temperature",
+    "dynatemp_range",
+    "edt_theta",
+    "adapt_temperature",
+    *TRUNCATION,
+)
+
+# What asks for nothing without another field.
+NEEDS = {
+    "beam_width": "use_beam_search",
+    "length_penalty": "use_beam_search",
+    "length_penalty_type": "use_beam_search",
+    "early_stopping": "use_beam_search",
+    "beam_prune": "use_beam_search",
+    "coverage_penalty": "use_beam_search",
+    "num_beam_groups": "beam_width",
+    "diversity_penalty": "num_beam_groups",
+    "stochastic_beams": "use_beam_search",
+    "beam_strategy": "use_beam_search",
+    "beam_memory": "beam_strategy",
+    "kl_bandwidth": "kl_reference_prompt",
+    "num_pause_tokens": "pause_token",
+}
+
 # What cannot be asked for together: a field, and those it goes without.
 EXCLUDES: dict[str, tuple[str, ...]] = {
     "mirostat": TRUNCATION,
     "adapt_temperature": ("temperature", "dynatemp_range", "edt_theta"),
     "edt_theta": ("dynatemp_range",),
+    "use_beam_search": (
+        "mirostat",
+        "entropix",
+        "kl_bandwidth",
+        "penalty_alpha",
+        "cot_branches",
+        "sed",
+    ),
+    "penalty_alpha": ("n", "best_of", "cot_branches", "sed", "entropix"),
+    "cot_branches": ("best_of", "sed", "mirostat", "entropix"),
+    "sed": ("n", "best_of"),
+    "guidance_scale": ("kl_bandwidth", "cd_amateur", "dola_layers"),
+    "cd_amateur": ("kl_bandwidth", "dola_layers"),
+    "stochastic_beams": ("num_beam_groups",),
+    "beam_strategy": ("num_beam_groups", "stochastic_beams", "coverage_penalty", "beam_prune"),
+    "num_latent_thoughts": ("guidance_scale", "kl_bandwidth", "cd_amateur", "num_pause_tokens"),
     "entropix": (
         *TRUNCATION,
         "mirostat",
@@ -537,7 +970,11 @@ def combinable(defaults: dict[str, Any], own: SamplingParams) -> dict[str, Any]:
             excluded |= set(others) - asked
         elif asked & set(others):
             excluded.add(name)
-    return {name: value for name, value in defaults.items() if name not in excluded}
+    kept = {name: value for name, value in defaults.items() if name not in excluded}
+    while gone := [one for one in kept if NEEDS.get(one, one) not in kept.keys() | asked]:
+        for name in gone:
+            del kept[name]
+    return kept
 
 
 def clash(template: str, param: str, model: BaseModel) -> PydanticCustomError:

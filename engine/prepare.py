@@ -6,14 +6,18 @@ it.
 
 import secrets
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import InvalidRequest
-from engine.params import SamplingParams
+from engine.logits.dola import early_layers
+from engine.params import Method, SamplingParams, SedParams
 from engine.tokenizer import Tokenizer
 from engine.types import Request, TraceWish
+
+_LATENT = ("<|start-latent|>", "<|end-latent|>")  # around thoughts, in models made for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,11 @@ class ModelInfo:
     model_type: str
     identity: str  # differs where weights, their type or the machine may change the output
     num_layers: int = 0
+    batch_tokens: int = 1 << 30  # most that a step computes
+    tied: bool = False  # does one matrix embed and read?
+    amateur: str | None = None  # the name of the model that contrastive decoding can use
+    amateur_context_len: int = 0
+    max_beam_width: int = 1 << 30
     has_lens: bool = True  # can its layers be read one by one?
     sampling_defaults: dict[str, Any] = field(default_factory=dict)  # generation_config.json's
 
@@ -74,9 +83,10 @@ def prepare(
     _check_ids(params.allowed_token_ids or (), info, "allowed_token_ids")
     _check_ids(params.logit_bias, info, "logit_bias")
     if output.trace is not None:
-        _check_layers(output.trace, info)
+        _check_layers(output.trace.layers, info, "trace.layers", info.num_layers)
+    parts = _Parts(prompt_ids, params, info, tokenizer)
     max_tokens = _max_tokens(
-        len(prompt_ids), params, info, prompt_param, default_max_tokens, clamp_max_tokens
+        parts, params, info, prompt_param, default_max_tokens, clamp_max_tokens
     )
     if params.max_tokens is None and params.min_tokens > max_tokens:
         raise InvalidRequest(
@@ -97,6 +107,13 @@ def prepare(
         seed=random_seed() if seed is None or seed == -1 else seed,
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
+        hidden_ids=parts.hidden_ids,
+        num_thoughts=params.num_latent_thoughts,
+        end_ids=parts.end_ids,
+        companion_ids=parts.companion_ids,
+        question_ids=parts.question_ids,
+        verdict_ids=parts.verdict_ids,
+        early_layers=_early_layers(params, info),
         eos_token_ids=info.eos_token_ids,
         stop_tokens=stop_tokens,
         stop_strings=tuple(params.stop),
@@ -130,24 +147,113 @@ def _check_ids(token_ids: Iterable[int], info: ModelInfo, param: str) -> None:
             )
 
 
-def _check_layers(trace: TraceWish, info: ModelInfo) -> None:
-    for layer in trace.layers:
-        if not 0 <= layer <= info.num_layers:
+def _check_layers(layers: Iterable[int], info: ModelInfo, param: str, last: int) -> None:
+    for layer in layers:
+        if not 0 <= layer <= last:
             raise InvalidRequest(
-                f"trace.layers holds {layer}; this model's layers run from 0, the embedding, to "
-                f"{info.num_layers}",
-                "trace.layers",
+                f"{param} holds {layer}; of this model's layers it may name those from 0, the "
+                f"embedding, to {last}",
+                param,
             )
-    if trace.layers and not info.has_lens:
+    if layers and not info.has_lens:
         raise InvalidRequest(
-            f"trace.layers: the layers of a {info.model_type} model cannot be read one by one",
-            "trace.layers",
+            f"{param}: the layers of a {info.model_type} model cannot be read one by one",
+            param,
             "unsupported_parameter",
         )
 
 
+def _early_layers(params: SamplingParams, info: ModelInfo) -> tuple[int, ...]:
+    """The layers that DoLa contrasts the last one with."""
+    if params.dola_layers is None:
+        return ()
+    layers = early_layers(params.dola_layers, info.num_layers, info.tied)
+    _check_layers(layers, info, "dola_layers", info.num_layers - 1)
+    return layers
+
+
+class _Parts:
+    """The tokens that a request brings besides its prompt, and what all of it needs."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Raises InvalidRequest."""
+        self.params = params
+        self.info = info
+        self.hidden_ids: tuple[int, ...] = ()
+        self.end_ids: tuple[int, ...] = ()
+        self.question_ids: tuple[int, ...] = ()
+        self.verdict_ids: tuple[int, ...] = ()
+        if params.num_pause_tokens:
+            assert params.pause_token is not None
+            pause = _one_token(params.pause_token, "pause_token", info, tokenizer)
+            self.hidden_ids = (pause,) * params.num_pause_tokens
+        if params.num_latent_thoughts:
+            start, end = (_special(text, tokenizer) for text in _LATENT)
+            self.hidden_ids = start if start != tuple(prompt_ids[-1:]) else ()
+            self.end_ids = end
+        self.companion_ids = _companion_ids(prompt_ids, params, info, tokenizer)
+        if params.sed is not None:
+            self.question_ids, self.verdict_ids = _question(params.sed, tokenizer)
+        self.num_prompt = len(prompt_ids) + len(self.hidden_ids) + len(self.end_ids)
+        self.num_prompt += params.num_latent_thoughts
+
+    @property
+    def room(self) -> int:
+        """How many tokens can be generated before some sequence is as long as the context."""
+        room = self.info.context_len - self.num_prompt - len(self.question_ids)
+        if self.companion_ids:
+            longest = self.info.context_len
+            if self.params.cd_amateur is not None:
+                longest = min(longest, self.info.amateur_context_len)
+            room = min(room, longest - len(self.companion_ids))
+        return room
+
+    def num_blocks(self, max_tokens: int) -> int:
+        """Blocks of the cache that all sequences need together, at the most."""
+        needed = self.info.blocks_for(self.num_prompt + max_tokens + len(self.question_ids))
+        if self.companion_ids:
+            companion = self.info.blocks_for(len(self.companion_ids) + max_tokens)
+            # An amateur's blocks are its own, as many as the model has.
+            beside = self.params.cd_amateur is not None
+            needed = max(needed, companion) if beside else needed + companion
+        return self.params.num_sequences * needed
+
+
+def _companion_ids(
+    prompt_ids: Sequence[int], params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """The prompt of the sequences that run beside the request's own."""
+    if params.cd_amateur is not None:
+        if info.amateur != params.cd_amateur:
+            there = "none; --amateur-model loads one" if info.amateur is None else info.amateur
+            raise InvalidRequest(
+                f"cd_amateur is {params.cd_amateur!r}, but the amateur of this server is {there}",
+                "cd_amateur",
+            )
+        return tuple(prompt_ids)
+    if params.guidance_scale != 1.0:
+        given, param = params.negative_prompt, "negative_prompt"
+        if given is None:
+            return tuple(prompt_ids[-1:])
+    elif params.kl_bandwidth > 0.0:
+        given, param = params.kl_reference_prompt, "kl_reference_prompt"
+    else:
+        return ()
+    ids = tokenizer.encode(given, True) if isinstance(given, str) else given or []
+    _check_ids(ids, info, param)
+    if not ids:
+        raise InvalidRequest(f"{param} must not be empty", param)
+    return tuple(ids)
+
+
 def _max_tokens(
-    prompt_len: int,
+    parts: _Parts,
     params: SamplingParams,
     info: ModelInfo,
     prompt_param: str,
@@ -155,7 +261,8 @@ def _max_tokens(
     clamp: bool,
 ) -> int:
     """The number of tokens to generate; raises InvalidRequest if that many cannot fit."""
-    room = info.context_len - prompt_len
+    room = parts.room
+    prompt_len = info.context_len - room
     asked = params.max_tokens
     too_long = room < 0 or (room == 0 and asked != 0)
     if too_long or (asked is not None and asked > room and not clamp):
@@ -168,30 +275,73 @@ def _max_tokens(
             prompt_param,
             "context_length_exceeded",
         )
-    width = params.num_sequences
-    if width > info.num_lanes:
-        raise InvalidRequest(
-            f"{_width_field(params)} must be at most {info.num_lanes}, the number of sequences "
-            f"this server computes together, got {width}",
-            _width_field(params),
-        )
-    blocks_each = info.num_blocks // width
-    capacity = blocks_each * info.block_size - prompt_len
+    _check_width(parts, params, info)
+    # The most that would fit, -1 if not even the prompt does.
+    most = bisect_right(range(room + 1), info.num_blocks, key=parts.num_blocks) - 1
     wanted = min(room, default if asked is None and default is not None else room)
     max_tokens = min(wanted if asked is None else asked, room)
-    if asked is None and max_tokens > capacity > 0:
-        return capacity
-    if max_tokens > capacity:
+    if asked is None and max_tokens > most > 0:
+        return most
+    if max_tokens > most:
         raise InvalidRequest(
-            f"{width} x {prompt_len + max_tokens} tokens do not fit into this server's cache of "
-            f"{info.num_blocks * info.block_size} tokens",
-            "max_tokens" if capacity > 0 else prompt_param,
+            f"{params.num_sequences} x {prompt_len + max_tokens} tokens need "
+            f"{parts.num_blocks(max_tokens)} blocks of this server's cache, which has "
+            f"{info.num_blocks}",
+            "max_tokens" if most > 0 else prompt_param,
         )
     return max_tokens
 
 
-def _width_field(params: SamplingParams) -> str:
-    return "n" if params.best_of is None else "best_of"
+def _check_width(parts: _Parts, params: SamplingParams, info: ModelInfo) -> None:
+    """Can all sequences be computed in one step? Raises InvalidRequest."""
+    name, width = params.width_field, params.num_sequences
+    if params.method is Method.BEAM and params.beams > info.max_beam_width:
+        raise InvalidRequest(
+            f"{name} must be at most {info.max_beam_width}, the widest beam search of this "
+            f"server, got {params.beams}",
+            name,
+        )
+    most = min(info.num_lanes, info.batch_tokens // (2 if parts.companion_ids else 1))
+    if width > most:
+        raise InvalidRequest(
+            f"{name} must be at most {most}, the number of sequences this server computes "
+            f"together, got {width}",
+            name,
+        )
+
+
+def _one_token(token: int | str, param: str, info: ModelInfo, tokenizer: Tokenizer) -> int:
+    """The id of a token given by id or text. Raises InvalidRequest."""
+    if isinstance(token, int):
+        _check_ids([token], info, param)
+        return token
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InvalidRequest(f"{param} must be one token, {token!r} is {len(ids)}", param)
+    return ids[0]
+
+
+def _special(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special token with this text, if there is one."""
+    return tuple(token_id for token_id, own in tokenizer.special.items() if own == text)[:1]
+
+
+def _question(sed: SedParams, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is asked, up to where both verdicts part, and the two tokens that follow there.
+
+    Raises InvalidRequest.
+    """
+    asked = tokenizer.encode(sed.eval_prompt, add_special_tokens=False)
+    verdicts = [tokenizer.encode(text, add_special_tokens=False) for text in sed.verdict_tokens]
+    for right, wrong in zip(*verdicts, strict=False):
+        if right != wrong:
+            return tuple(asked), (right, wrong)
+        asked.append(right)
+    raise InvalidRequest(
+        "sed.verdict_tokens must be two texts of which neither begins with the other, got "
+        f"{sed.verdict_tokens[0]!r} and {sed.verdict_tokens[1]!r}",
+        "sed.verdict_tokens",
+    )
 
 
 def _clarify_token(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer) -> int | None:
@@ -199,15 +349,9 @@ def _clarify_token(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer
     if params.entropix is None:
         return None
     token = params.entropix.clarify_token
-    if isinstance(token, int):
-        _check_ids([token], info, "entropix.clarify_token")
-        return token
-    ids = tokenizer.encode(" ..." if token is None else token, add_special_tokens=False)
-    if token is not None and len(ids) != 1:
-        raise InvalidRequest(
-            f"entropix.clarify_token must be one token, {token!r} is {len(ids)}",
-            "entropix.clarify_token",
-        )
+    if token is not None:
+        return _one_token(token, "entropix.clarify_token", info, tokenizer)
+    ids = tokenizer.encode(" ...", add_special_tokens=False)
     return ids[0] if len(ids) == 1 else None
 
 

@@ -1,6 +1,7 @@
 """Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
 
 import os
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from engine.attention import Attention, choose_attention
 from engine.attention.torch_paged import LayerCache, Span
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
+from engine.kernels import native
 from engine.models.base import ForwardInput, Model, Probe
 from engine.probing import Probed
-from engine.types import Chunk, Plan
+from engine.types import BlockCopy, Chunk, Plan
 
 
 def choose_device(name: str) -> str:
@@ -43,8 +45,11 @@ class Forwarded:
 class Runner:
     """Owns the KV cache of the model's layers and runs steps."""
 
-    def __init__(self, model: Model, num_blocks: int, block_size: int, device: str) -> None:
+    def __init__(
+        self, model: Model, num_blocks: int, block_size: int, device: str, index: int = 0
+    ) -> None:
         self.model = model
+        self.index = index  # among the engine's models
         self.device = device
         self.block_size = block_size
         self.attention: Attention = choose_attention(block_size, device)
@@ -56,12 +61,16 @@ class Runner:
             for shape in model.kv_shapes
         ]
 
-    def forward(self, plan: Plan) -> Forwarded:
-        """Compute the plan's tokens."""
-        if plan.copies:
-            self._copy_blocks(plan.copies)
+    def forward(self, plan: Plan) -> Forwarded | None:
+        """Compute the plan's tokens for this model; None if there are none."""
+        copies = [copy for copy in plan.copies if copy.model == self.index]
+        if copies:
+            self._copy_blocks(copies)
+        chunks = [chunk for chunk in plan.chunks if chunk.sequence.model == self.index]
+        if not chunks:
+            return None
         # Single tokens first, by context length, so that attention can batch them.
-        chunks = sorted(plan.chunks, key=lambda chunk: (chunk.length > 1, chunk.end))
+        chunks.sort(key=lambda chunk: (chunk.length > 1, chunk.end))
         first_rows = _first_rows(chunks)
         last_rows = {id(c.sequence): first_rows[id(c.sequence)] + c.length - 1 for c in chunks}
         probed = self._probed(chunks, last_rows)
@@ -74,9 +83,23 @@ class Runner:
                 [Span(chunk.start, chunk.length, chunk.sequence.block_table) for chunk in chunks]
             ),
             None if probed is None else probed.probe,
+            *self._thoughts(chunks, first_rows),
         )
         hidden = self.model.forward(inputs, self.cache, self.attention)
         return Forwarded(hidden, first_rows, last_rows, probed)
+
+    def _thoughts(
+        self, chunks: list[Chunk], first_rows: dict[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens whose inputs are not embeddings [m], and these inputs [m, H]."""
+        rows: list[int] = []
+        inputs: list[Tensor] = []
+        for chunk in chunks:
+            for position, thought in chunk.sequence.thoughts.items():
+                if chunk.start <= position < chunk.end:
+                    rows.append(first_rows[id(chunk.sequence)] + position - chunk.start)
+                    inputs.append(thought)
+        return (self._tensor(rows), torch.stack(inputs)) if rows else (None, None)
 
     def _probed(self, chunks: list[Chunk], last_rows: dict[int, int]) -> Probed | None:
         """A probe of the tokens that requests want to see: the newest, or those explained."""
@@ -84,7 +107,7 @@ class Runner:
         places: dict[tuple[int, int], int] = {}
         for chunk in chunks:
             request, sequence = chunk.group.request, chunk.sequence
-            if not request.probes:
+            if not request.probes or self.index:
                 continue
             wanted = [position - 1 for position in request.explained]
             if chunk.end == len(sequence.token_ids) and not wanted:
@@ -101,28 +124,36 @@ class Runner:
             layer.keys[blocks] = 0
             layer.values[blocks] = 0
 
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        sources, targets = (self._tensor(list(side)) for side in zip(*copies, strict=True))
-        for layer in self.cache:
-            layer.keys[targets] = layer.keys[sources]
-            layer.values[targets] = layer.values[sources]
+    def _copy_blocks(self, copies: list[BlockCopy]) -> None:
+        tensors = [tensor for layer in self.cache for tensor in (layer.keys, layer.values)]
+        if native.LIBRARY is not None and self.device == "cpu":
+            numbers = [(copy.source, copy.target, copy.num_tokens) for copy in copies]
+            native.LIBRARY.copy_blocks(tensors, torch.tensor(numbers))
+            return
+        sources = self._tensor([copy.source for copy in copies])
+        targets = self._tensor([copy.target for copy in copies])
+        for tensor in tensors:
+            tensor[targets] = tensor[sources]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def count_blocks(model: Model, config: EngineConfig, device: str) -> int:
-    """How many KV-cache blocks fit into the memory the configuration grants.
+def count_blocks(models: Seq[Model], config: EngineConfig, device: str) -> int:
+    """How many KV-cache blocks of each model fit into the memory the configuration grants.
 
     Never more than all lanes at full length could use. Raises ModelUnavailable if not even one
     sequence of a single block fits.
     """
-    token_bytes = sum(shape.numel for shape in model.kv_shapes) * model.dtype.itemsize
+    token_bytes = sum(
+        shape.numel * model.dtype.itemsize for model in models for shape in model.kv_shapes
+    )
     block_bytes = token_bytes * config.block_size
     granted = config.kv_cache_memory
     if granted is None:
         granted = int(free_memory(device) * config.kv_cache_fraction)
-    context_len = min(config.max_model_len or model.context_len, model.context_len)
+    longest = models[0].context_len
+    context_len = min(config.max_model_len or longest, longest)
     useful = config.max_num_seqs * -(-context_len // config.block_size)
     num_blocks = min(granted // block_bytes, useful)
     if num_blocks < 1:

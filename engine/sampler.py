@@ -12,6 +12,7 @@ between a batched and a single forward pass, Gumbel noise none of 15,480.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,11 +26,21 @@ from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
 from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, scan, scanned
 from engine.rng import Domain, gumbel, uniform
-from engine.trace import trace_row
-from engine.types import Request, Rows, Signals, TokenTrace
+from engine.strategies.base import Wants
+from engine.trace import RowTrace
+from engine.types import (
+    NO_VALID_TOKEN,
+    NOT_A_NUMBER,
+    Beside,
+    Candidate,
+    Request,
+    Rows,
+    Signals,
+    Token,
+    TokenTrace,
+)
 
-NO_VALID_TOKEN = -1
-NOT_A_NUMBER = -2
+_NOTHING = Wants()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,8 @@ class Samples:
     token_ids: list[int]
     logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]]
     traces: dict[int, TokenTrace] = field(default_factory=dict)  # of the rows that asked for them
+    tops: dict[int, list[Candidate]] = field(default_factory=dict)  # where a strategy wants them
+    logits: Tensor | None = None  # after all transforms, [R, V]
 
 
 class Sampler:
@@ -55,25 +68,30 @@ class Sampler:
         self.mode = mode
         self.greedy = np.zeros(lanes.num_lanes, dtype=bool)
         self.logprobs = np.full(lanes.num_lanes, -1)  # candidates wanted; -1: not even its own
+        self.tops = np.zeros(lanes.num_lanes, dtype=np.int64)  # candidates for a strategy; 0: none
+        self.perturbed = lanes.flags()  # whose candidates are those of largest noisy logit
         self.traced = np.zeros(lanes.num_lanes, dtype=np.int64)  # tokens listed; 0: none
         self.watched = lanes.flags()  # whose filters want signals
+        self.unnormalised = lanes.flags()  # whose candidates' logits are scores already
 
-    def admit(self, lane: int, request: Request) -> None:
-        """Give the lane a request's parameters, here and in the pipeline."""
+    def admit(self, lane: int, request: Request, wants: Wants = _NOTHING) -> None:
+        """Give the lane a request's parameters, and what its strategy wants to see of a row."""
         self.pipeline.admit(lane, request)
+        self.tops[lane] = wants.top
+        self.perturbed[lane] = wants.perturbed
         self.greedy[lane] = request.params.greedy
-        ranked = request.params.num_sequences > request.params.n  # best_of needs the scores
+        ranked = request.params.best_of_several  # which needs the scores
         self.logprobs[lane] = (
             (0 if ranked else -1) if request.logprobs is None else request.logprobs
         )
         self.traced[lane] = 0 if request.trace is None else request.trace.top
-        self.watched[lane] = request.params.entropix is not None
+        self.watched[lane] = request.params.wants_signals
+        self.unnormalised[lane] = request.params.scores_logprobs
 
-    def fork(self, parent: int, child: int) -> None:
-        self.pipeline.fork(parent, child)
-        self.greedy[child] = self.greedy[parent]
-        self.logprobs[child] = self.logprobs[parent]
-        self.traced[child] = self.traced[parent]
+    def fork(self, parents: list[int], children: list[int]) -> None:
+        self.pipeline.fork(parents, children)
+        for known in (self.greedy, self.logprobs, self.traced, self.tops):
+            known[children] = known[parents]
 
     def observes(self, lane: int) -> bool:
         """Does the lane want a filter that learns from what is drawn?"""
@@ -81,20 +99,13 @@ class Sampler:
         kinds = [type(stage) for stage in filters if isinstance(stage, Filter)]
         return any(kind.observe is not Filter.observe for kind in kinds)
 
-    def __call__(
-        self,
-        raw: Tensor,
-        rows: Rows,
-        attention: Tensor | None = None,
-        forced: int | None = None,
-    ) -> Samples:
+    def __call__(self, raw: Tensor, rows: Rows, forced: int | None = None) -> Samples:
         """Choose from the model's logits [R, V] float32.
 
-        `attention` [R, 4] is what rows that want signals get of it. A `forced` token takes the
-        place of what would have been chosen.
+        A `forced` token takes the place of what would have been chosen.
         """
         raw, raw_top, chosen = scanned(raw)
-        rows = self._with_signals(raw, rows, attention)
+        rows = self._with_signals(raw, rows)
         logits = self.pipeline.transform(raw, rows)
         top = raw_top
         if logits is not raw:
@@ -124,11 +135,20 @@ class Sampler:
             chosen = torch.where(chosen == NOT_A_NUMBER, chosen, forced)
             tokens = chosen if drawn else tokens
         token_ids: list[int] = chosen.tolist()
-        traces = self._trace(raw, rows, token_ids)
+        traces = self._traces(raw, rows, token_ids)
         for filtered in parts:
             whole = filtered.subset is None
             self.pipeline.observe(filtered, tokens if whole else tokens[filtered.subset])
-        return Samples(token_ids, self._report(raw, processed, chosen, rows), traces)
+        return Samples(
+            token_ids,
+            self._report(raw, processed, chosen, rows),
+            {
+                row: trace.of(token_ids[row], certain=bool(self.greedy[rows.host_lanes[row]]))
+                for row, trace in traces.items()
+            },
+            self._candidates(raw, logits, rows, traces),
+            logits,
+        )
 
     def _draw(self, parts: list[Filtered], count: int) -> Tensor:
         """A token of each row, [R] int64."""
@@ -138,37 +158,111 @@ class Sampler:
             tokens[slice(None) if part.subset is None else part.subset] = drawn
         return tokens
 
-    def _with_signals(self, raw: Tensor, rows: Rows, attention: Tensor | None) -> Rows:
+    def _candidates(
+        self, raw: Tensor, logits: Tensor, rows: Rows, traces: Mapping[int, RowTrace]
+    ) -> dict[int, list[Candidate]]:
+        """The likeliest tokens of rows whose strategies want them, after all transforms.
+
+        Or those whose logits are largest with Gumbel noise added.
+        """
+        wanting: list[int] = np.flatnonzero(self.tops[rows.host_lanes]).tolist()
+        if not wanting:
+            return {}
+        everyone = len(wanting) == len(rows)
+        its = logits if everyone else logits[wanting]
+        own = its if not self.mode.raw else raw if everyone else raw[wanting]
+        lanes = [rows.host_lanes[row] for row in wanting]
+        counts: list[int] = self.tops[lanes].tolist()
+        noisy, noise = self._noise(its, lanes, rows, wanting)
+        ids = best(noisy, max(counts))[1]
+        values, noise = its.gather(1, ids), noise.gather(1, ids)
+        top, rest = log_sum_exp(its)
+        # Scores that transformers would not normalise again are taken as they are.
+        plain = torch.from_numpy(self.unnormalised[lanes]).to(raw.device).unsqueeze(1)
+        scores = torch.where(plain, values, values - top - rest)
+        reported = [self._report_of(own, row, lane) for row, lane in enumerate(lanes)]
+        logprobs = torch.zeros_like(scores)
+        if any(reported):
+            logprobs = own.gather(1, ids)
+            if self.mode.normalised:
+                own_top, own_rest = log_sum_exp(own)
+                logprobs = logprobs - own_top - own_rest
+        columns = zip(
+            wanting,
+            counts,
+            reported,
+            ids.tolist(),
+            scores.tolist(),
+            noise.tolist(),
+            logprobs.tolist(),
+            strict=True,
+        )
+        tops: dict[int, list[Candidate]] = {}
+        for row, count, report_of, row_ids, row_scores, row_noise, row_logprobs in columns:
+            entries = zip(row_ids[:count], row_scores, row_noise, row_logprobs, strict=False)
+            tops[row] = [
+                Candidate(
+                    _token(token_id, logprob, report_of, traces.get(row)), score, score + own_noise
+                )
+                for token_id, score, own_noise, logprob in entries
+                if score > NEG_INF
+            ]
+        return tops
+
+    def _noise(
+        self, logits: Tensor, lanes: list[int], rows: Rows, wanting: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [m, V] with the noise of the rows that want it, and that noise [m, V]."""
+        perturbed: list[int] = np.flatnonzero(self.perturbed[lanes]).tolist()
+        if not perturbed:
+            return logits, torch.zeros(1, 1, device=logits.device).expand_as(logits)
+        its = [wanting[row] for row in perturbed]
+        seeds = self.lanes.seeds[rows.lanes[its]].unsqueeze(1)
+        ids = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0)
+        noise = torch.zeros_like(logits)
+        uniforms = uniform(seeds, rows.positions[its].unsqueeze(1), ids, Domain.TOKEN)
+        noise[perturbed] = gumbel(uniforms).float()
+        return logits + noise, noise
+
+    def _report_of(self, raw: Tensor, row: int, lane: int) -> tuple[tuple[int, float], ...] | None:
+        """What is reported beside any token of a row: its likeliest; None if nothing is."""
+        count = int(self.logprobs[lane])
+        if count < 0:
+            return None
+        nothing = torch.zeros(1, dtype=torch.int64, device=raw.device)
+        return report(raw[row, None], nothing, count, self.mode.normalised)[1][0]
+
+    def _with_signals(self, raw: Tensor, rows: Rows) -> Rows:
         watching: list[int] = np.flatnonzero(self.watched[rows.host_lanes]).tolist()
         if not watching:
             return rows
-        bits = raw[watching].double().log_softmax(1) / math.log(2.0)
-        probs = raw[watching].double().softmax(1)
-        surprise = torch.where(probs > 0.0, -bits, 0.0)
-        entropy = torch.zeros(len(rows), 1, device=raw.device)
-        varentropy = torch.zeros_like(entropy)
-        mean = (probs * surprise).sum(1, keepdim=True)
+        nothing = torch.zeros(len(rows), 1, device=raw.device)
+        entropy, varentropy, divergence = nothing, nothing.clone(), nothing.clone()
+        logprobs = raw[watching].double().log_softmax(1)
+        probs = logprobs.exp()
+        bits = torch.where(probs > 0.0, -logprobs / math.log(2.0), 0.0)
+        mean = (probs * bits).sum(1, keepdim=True)
         entropy[watching] = mean.float()
-        varentropy[watching] = (probs * (surprise - mean) ** 2).sum(1, keepdim=True).float()
+        varentropy[watching] = (probs * (bits - mean) ** 2).sum(1, keepdim=True).float()
+        beside = rows.beside or Beside()
+        if beside.companions is not None and beside.companion_of is not None:
+            other = beside.companions[beside.companion_of[watching].clamp(min=0)]
+            divergence[watching] = kl_divergence(probs, other.double().softmax(1)).float()
+        attention = beside.attention
         if attention is None:
             attention = torch.zeros(len(rows), 4, device=raw.device)
-        return replace(rows, signals=Signals(entropy, varentropy, attention))
+        return replace(rows, signals=Signals(entropy, varentropy, attention, divergence))
 
-    def _trace(self, raw: Tensor, rows: Rows, token_ids: list[int]) -> dict[int, TokenTrace]:
-        traces: dict[int, TokenTrace] = {}
+    def _traces(self, raw: Tensor, rows: Rows, token_ids: list[int]) -> dict[int, RowTrace]:
+        """Of the rows whose requests ask for it, and that have a token to choose."""
+        traces: dict[int, RowTrace] = {}
         for row in np.flatnonzero(self.traced[rows.host_lanes]).tolist():
+            if token_ids[row] < 0:
+                continue
             lane = rows.host_lanes[row]
-            if token_ids[row] >= 0:
-                one = rows.select([row], torch.tensor([row], device=raw.device))
-                traces[row] = trace_row(
-                    self.pipeline,
-                    self.lanes,
-                    raw[row, None],
-                    one,
-                    token_ids[row],
-                    int(self.traced[lane]),
-                    bool(self.greedy[lane]),
-                )
+            one = rows.select([row], torch.tensor([row], device=raw.device))
+            top, greedy = int(self.traced[lane]), bool(self.greedy[lane])
+            traces[row] = RowTrace(self.pipeline, self.lanes, raw[row, None], one, top, greedy)
         return traces
 
     def _wanting(self, rows: Rows) -> list[int]:
@@ -188,6 +282,22 @@ class Sampler:
         own, tops = report(source, chosen, max(counts), self.mode.normalised)
         columns = zip(wanting, counts, own, tops, strict=True)
         return {row: (value, top[:count]) for row, count, value, top in columns}
+
+
+def _token(
+    token_id: int,
+    logprob: float,
+    top: tuple[tuple[int, float], ...] | None,
+    trace: RowTrace | None,
+) -> Token:
+    token = Token(token_id, "") if top is None else Token(token_id, "", logprob, top)
+    return token if trace is None else replace(token, trace=trace.of(token_id))
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Σ p ln(p / q) of rows [R, V], with both clipped to 1e-7 and the sum to 0: [R, 1]."""
+    p, q = p.clamp(1e-7, 1.0), q.clamp(1e-7, 1.0)
+    return (p * (p / q).log()).sum(1, keepdim=True).clamp(min=0.0)
 
 
 def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:

@@ -7,13 +7,20 @@ recovery from preemption are this one rule at different counts.
 
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from engine.blocks import BlockPool, chain_hash, root_hash
+from engine.growth import grow
 from engine.lanes import Lanes
-from engine.sampler import NO_VALID_TOKEN, Sampler
+from engine.sampler import Sampler
 from engine.strategies.base import Branch
-from engine.types import Chunk, FinishReason, Group, Plan, Request, Sequence, Token
+from engine.types import BlockCopy, Chunk, Group, Plan, Sequence
+
+_PLACEHOLDER = 0  # the token id of a thought, which nobody reads
 
 
 class Scheduler:
@@ -21,19 +28,19 @@ class Scheduler:
 
     Groups run in the order of priority, then arrival. If memory is short the last one that is not
     planned yet is preempted: blocks and lanes go, tokens stay, and it waits at its place in the
-    queue to be admitted again, mostly from the prefix cache.
+    queue to be admitted again, mostly from the prefix cache. `pools` has one for each model.
     """
 
     def __init__(
         self,
-        pool: BlockPool,
+        pools: Seq[BlockPool],
         lanes: Lanes,
         sampler: Sampler,
         *,
         budget: int,
         prefix_cache: bool,
     ) -> None:
-        self.pool = pool
+        self.pools = pools
         self.lanes = lanes
         self.sampler = sampler
         self.budget = budget
@@ -44,6 +51,12 @@ class Scheduler:
         self.cache_hits = 0
         self.num_preemptions = 0
         self._appended: tuple[list[int], list[int], list[int]] = ([], [], [])
+        self._forked: dict[int, tuple[int, int]] = {}  # lane -> whose copy it is, and its seed
+
+    @property
+    def pool(self) -> BlockPool:
+        """The pool of the model that is served."""
+        return self.pools[0]
 
     # -- coming and going
 
@@ -62,9 +75,9 @@ class Scheduler:
 
     def drop(self, group: Group) -> None:
         """Take a group out, whatever its state."""
-        for sequence in group.live:
+        for sequence in group.sequences:
             self._free(sequence)
-        group.live = []
+        group.live, group.asleep = [], []
         (self.running if group in self.running else self.waiting).remove(group)
 
     @property
@@ -86,7 +99,7 @@ class Scheduler:
             if group not in self.running:
                 continue
             chunks = self._chunks(group, budget)
-            while not self._reserve(chunks, plan):
+            while not self._reserve(group, chunks, plan):
                 victim = next(g for g in reversed(self.running) if id(g) not in planned)
                 self._preempt(victim)
                 if victim is group:
@@ -104,7 +117,7 @@ class Scheduler:
             if not self._admit(group):
                 return
             chunks = self._chunks(group, budget)
-            if not self._reserve(chunks, plan):
+            if not self._reserve(group, chunks, plan):
                 self._preempt(group)
                 return
             budget -= sum(chunk.length for chunk in chunks)
@@ -126,36 +139,47 @@ class Scheduler:
                 budget -= length
         return chunks
 
-    def _reserve(self, chunks: list[Chunk], plan: Plan) -> bool:
-        """Take the blocks the chunks write to and add them to the plan, or change nothing."""
-        if self._blocks_needed(chunks) > self.pool.num_free:
-            return False
+    def _reserve(self, group: Group, chunks: list[Chunk], plan: Plan) -> bool:
+        """Take the blocks the chunks write to and add them to the plan, or change nothing.
+
+        Sleepers' blocks are only kept while nobody needs them.
+        """
+        if not self._fit(chunks):
+            for sequence in group.asleep:
+                self._free(sequence)
+            if not self._fit(chunks):
+                return False
         for chunk in chunks:
-            table = chunk.sequence.block_table
-            index = chunk.start // self.pool.block_size
-            if index < len(table) and self.pool.refs[table[index]] > 1:
+            pool, table = self.pools[chunk.sequence.model], chunk.sequence.block_table
+            index = chunk.start // pool.block_size
+            if index < len(table) and pool.refs[table[index]] > 1:
                 shared = table[index]
-                (table[index],) = self.pool.take(1)
-                self.pool.release([shared])
-                plan.copies.append((shared, table[index]))
-            table += self.pool.take(self.pool.blocks_for(chunk.end) - len(table))
+                (table[index],) = pool.take(1)
+                pool.release([shared])
+                kept = chunk.start % pool.block_size
+                plan.copies.append(BlockCopy(chunk.sequence.model, shared, table[index], kept))
+            table += pool.take(pool.blocks_for(chunk.end) - len(table))
         plan.chunks.extend(chunks)
         return True
 
-    def _blocks_needed(self, chunks: Iterable[Chunk]) -> int:
-        """New blocks, counting the copy each writer of a shared block but the last one takes."""
-        needed = 0
-        refs: dict[int, int] = {}
+    def _fit(self, chunks: Iterable[Chunk]) -> bool:
+        """Are there blocks for all of these?
+
+        Each writer of a shared block takes a copy, but the last one, who has it then for itself.
+        """
+        needed = [0] * len(self.pools)
+        refs: dict[tuple[int, int], int] = {}
         for chunk in chunks:
-            table = chunk.sequence.block_table
-            needed += max(self.pool.blocks_for(chunk.end) - len(table), 0)
-            index = chunk.start // self.pool.block_size
+            model, table = chunk.sequence.model, chunk.sequence.block_table
+            pool = self.pools[model]
+            needed[model] += max(pool.blocks_for(chunk.end) - len(table), 0)
+            index = chunk.start // pool.block_size
             if index < len(table):
                 block = table[index]
-                holders = refs.setdefault(block, self.pool.refs[block])
-                needed += holders > 1
-                refs[block] = max(holders - 1, 1)
-        return needed
+                holders = refs.setdefault((model, block), pool.refs[block])
+                needed[model] += holders > 1
+                refs[model, block] = max(holders - 1, 1)
+        return all(n <= pool.num_free for n, pool in zip(needed, self.pools, strict=True))
 
     # -- admission and preemption
 
@@ -165,20 +189,20 @@ class Scheduler:
         taken = sum(other.strategy.width for other in self.running)
         if taken + group.strategy.width > self.lanes.num_lanes:
             return False
-        cached = {id(sequence): self._cached(group, sequence) for sequence in sequences}
         for sequence in sequences:
-            sequence.block_table = self.pool.share(cached[id(sequence)])
-        needed = sum(
-            self.pool.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
-            for sequence in sequences
-        )
-        if needed > self.pool.num_free:
+            pool = self.pools[sequence.model]
+            sequence.block_table = pool.share(self._cached(group, sequence))
+        needed = [0] * len(self.pools)
+        for sequence in sequences:
+            blocks = self.pools[sequence.model].blocks_for(len(sequence.token_ids))
+            needed[sequence.model] += blocks - len(sequence.block_table)
+        if any(n > pool.num_free for n, pool in zip(needed, self.pools, strict=True)):
             for sequence in sequences:
-                self.pool.release(sequence.block_table)
-                sequence.block_table = []
+                self._free(sequence)
             return False
         for sequence in sequences:
-            sequence.num_computed = len(sequence.block_table) * self.pool.block_size
+            size = self.pools[sequence.model].block_size
+            sequence.num_computed = len(sequence.block_table) * size
         for sequence in group.live:
             self._take_lane(group, sequence)
         if not group.scheduled_s:
@@ -191,16 +215,28 @@ class Scheduler:
         self.running.sort(key=_turn)
         return True
 
-    def _take_lane(self, group: Group, sequence: Sequence) -> None:
+    def _take_lane(self, group: Group, sequence: Sequence, source: int = -1) -> None:
+        """Give a sequence a lane: a copy of another, or one written from its own history."""
         lane = sequence.lane = self.lanes.take()
-        self.lanes.write(lane, sequence.token_ids, sequence.prompt_len, sequence.seed)
-        self.sampler.admit(lane, group.request)
+        if source >= 0:
+            self._forked[lane] = source, sequence.seed
+            return
+        prompt_len = sequence.prompt_len - sequence.num_hidden
+        self.lanes.write(lane, sequence.history, prompt_len, sequence.seed)
+        self.sampler.admit(lane, group.request, group.strategy.wants)
         if sequence.state:
             self.lanes.restore(lane, sequence.state)
+
+    def _leave_lane(self, sequence: Sequence) -> None:
+        if sequence.lane >= 0:
+            self._forked.pop(sequence.lane, None)
+            self.lanes.release(sequence.lane)
+            sequence.lane = -1
 
     def _preempt(self, group: Group) -> None:
         for sequence in group.live:
             sequence.state = self.lanes.save(sequence.lane)
+        for sequence in group.sequences:
             self._free(sequence)
         self.running.remove(group)
         self.waiting.append(group)
@@ -209,176 +245,203 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
+        self.pools[sequence.model].release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = 0
-        if sequence.lane >= 0:
-            self.lanes.release(sequence.lane)
-            sequence.lane = -1
+        self._leave_lane(sequence)
 
     # -- the prefix cache
 
     def _cached(self, group: Group, sequence: Sequence) -> list[int]:
         """Cached blocks of a sequence's beginning; its last token is always computed."""
         request = group.request
-        if not self.prefix_cache or request.prompt_logprobs is not None or request.explained:
-            return []  # what is cached has no hidden states to look at
-        full = (len(sequence.token_ids) - 1) // self.pool.block_size
+        looked_at = request.prompt_logprobs is not None or request.explained
+        if not self.prefix_cache or looked_at or group.strategy.wants.hidden:
+            return []  # what is cached has no hidden states
+        pool = self.pools[sequence.model]
+        # What a thought becomes the input of is only known where it is computed.
+        known = min(sequence.thoughts, default=len(sequence.token_ids))
+        full = (min(known, len(sequence.token_ids)) - 1) // pool.block_size
         self._hash_blocks(group, sequence, full)
-        return self.pool.find(sequence.block_hashes[:full])
+        return pool.find(sequence.block_hashes[:full])
 
     def _hash_blocks(self, group: Group, sequence: Sequence, count: int) -> None:
         size, hashes = self.pool.block_size, sequence.block_hashes
         for index in range(len(hashes), count):
             previous = hashes[-1] if hashes else root_hash(group.request.cache_salt)
-            tokens = sequence.token_ids[index * size : (index + 1) * size]
+            # A thought is known by its place behind the prompt, not by what stands for it.
+            tokens = [
+                -1 if at in sequence.thoughts else sequence.token_ids[at]
+                for at in range(index * size, (index + 1) * size)
+            ]
             hashes.append(chain_hash(previous, tokens))
 
     # -- after the forward pass
 
     def computed(self, plan: Plan) -> None:
         """Count the plan's tokens as computed; full blocks enter the prefix cache."""
-        size = self.pool.block_size
         for chunk in plan.chunks:
-            sequence = chunk.sequence
+            sequence, pool = chunk.sequence, self.pools[chunk.sequence.model]
             sequence.num_computed = chunk.end
             if self.prefix_cache:
+                size = pool.block_size
                 self._hash_blocks(chunk.group, sequence, chunk.end // size)
                 for index in range(chunk.start // size, chunk.end // size):
-                    self.pool.register(sequence.block_table[index], sequence.block_hashes[index])
-            if sequence.num_uncomputed == 0 and sequence.num_generated == 0:
-                self._share_prompt(chunk.group, sequence)
+                    pool.register(sequence.block_table[index], sequence.block_hashes[index])
+        for group in {id(chunk.group): chunk.group for chunk in plan.chunks}.values():
+            first, *others = group.live
+            copies = others and all(seq.num_generated == 0 for seq in group.live)
+            if copies and not group.thinks and _complete(group):
+                self._share_prompt(first, others)
 
-    def _share_prompt(self, group: Group, first: Sequence) -> None:
+    def _share_prompt(self, first: Sequence, others: Iterable[Sequence]) -> None:
         """Copies of a prompt get the blocks of the one that was computed."""
-        for sequence in group.live:
-            if sequence is not first and sequence.num_computed == 0:
-                sequence.block_table = self.pool.share(first.block_table)
-                sequence.block_hashes = first.block_hashes.copy()
-                sequence.num_computed = first.num_computed
+        for sequence in others:
+            self.pools[sequence.model].release(sequence.block_table)
+            sequence.block_table = self.pools[first.model].share(first.block_table)
+            sequence.block_hashes = first.block_hashes.copy()
+            sequence.num_computed = first.num_computed
+            if first.companion is not None and sequence.companion is not None:
+                self._share_prompt(first.companion, [sequence.companion])
 
     def ready(self, plan: Plan) -> list[Group]:
         """The groups of a plan whose every live sequence has its last token computed."""
         groups = {id(chunk.group): chunk.group for chunk in plan.chunks}
-        return [
-            group
-            for group in groups.values()
-            if group.live and all(sequence.num_uncomputed == 0 for sequence in group.live)
-        ]
+        return [group for group in groups.values() if group.live and _complete(group)]
+
+    def think(self, group: Group, hidden: Tensor) -> None:
+        """Let the last hidden state [H] be the next input, in place of a token's embedding.
+
+        Behind the last thought come the request's `end_ids`.
+        """
+        thoughts = {**group.live[0].thoughts, len(group.live[0].token_ids): hidden}
+        added = [_PLACEHOLDER]
+        if len(thoughts) == group.request.num_thoughts:
+            added += group.request.end_ids
+        for sequence in group.live:
+            sequence.thoughts = thoughts
+            sequence.token_ids += added
+            sequence.prompt_len += len(added)
+            sequence.num_hidden += len(added)
 
     def commit(self, group: Group, branches: list[Branch]) -> None:
-        """Append, fork, drop and finish sequences as the strategy wants.
+        """Append, fork, drop, finish, put to sleep and wake sequences as the strategy wants.
 
-        Whatever ends gives its lane back before a fork takes one, so a group never holds more
-        lanes than its strategy's width.
+        Whatever ends or falls asleep gives its lane back before a fork takes one, so a group never
+        holds more lanes than its strategy's width.
         """
-        heirs: dict[int, list[Sequence]] = {id(parent): [] for parent in group.live}
+        parents = [*group.live, *group.asleep]
+        heirs: dict[int, list[Sequence]] = {id(parent): [] for parent in parents}
         last = {id(branch.parent): index for index, branch in enumerate(branches)}
-        live: list[tuple[Sequence, int]] = []  # with the length before this step
+        live: list[Sequence] = []
+        asleep: list[Sequence] = []
+        starts: dict[int, int] = {}  # how long each heir was before this step
         for index, branch in enumerate(branches):
             parent = branch.parent
-            family = heirs[id(parent)]
             # A parent becomes its last branch; those before are copies of it.
             sequence = parent if last[id(parent)] == index else self._fork(parent)
-            start = len(sequence.token_ids)
-            for token in branch.tokens:
-                _append(group.request, sequence, token)
-                if sequence.finish_reason is not None:
-                    group.finished.append(sequence)
-                    break
+            starts[id(sequence)] = len(sequence.token_ids)
+            grow(group.request, sequence, branch)
+            if sequence.finish_reason is not None:
+                group.finished.append(sequence)
             else:
-                family.append(sequence)
-                live.append((sequence, start))
+                heirs[id(parent)].append(sequence)
+                (asleep if branch.asleep else live).append(sequence)
         if len(live) > group.strategy.width:
             raise ValueError("the strategy returned more branches than its width")
+        if not live and asleep:
+            raise ValueError("the strategy lets every sequence sleep")
         if not live and not group.finished:
             raise ValueError("the strategy dropped every sequence")
-        for parent in group.live:
-            self._leave(parent, heirs[id(parent)])
-        for family in heirs.values():
-            self._share_place(family)
-        for sequence, start in live:
-            self._note_appended(sequence, start)
-        group.live = [sequence for sequence, _ in live]
+        awake = {id(sequence) for sequence in live}
+        newcomers: list[tuple[Sequence, int]] = []  # who need a lane, and whose to copy, or -1
+        for parent in parents:
+            newcomers += self._hand_over(parent, heirs[id(parent)], awake)
+        for sequence, source in newcomers:
+            self._take_lane(group, sequence, source)
+        written = {id(sequence) for sequence, source in newcomers if source < 0}
+        for sequence in live:
+            if id(sequence) not in written:
+                self._note_appended(sequence, starts[id(sequence)])
+        group.live, group.asleep = live, asleep
         if not live:
             self.running.remove(group)
 
     def flush(self) -> None:
-        """Write the tokens committed since the last call to the lanes, all at once."""
+        """Write what was committed since the last call to the lanes, all at once."""
+        if self._forked:
+            children = list(self._forked)
+            parents = [parent for parent, _ in self._forked.values()]
+            self.lanes.fork(parents, children)
+            self.sampler.fork(parents, children)
+            seeds = [seed for _, seed in self._forked.values()]
+            self.lanes.seeds[children] = torch.tensor(seeds, device=self.lanes.device)
+            self._forked = {}
         self.lanes.append(*self._appended)
         self._appended = ([], [], [])
 
-    def _leave(self, parent: Sequence, family: list[Sequence]) -> None:
-        """Let go of the lane and blocks of a parent that does not go on; an heir takes them."""
-        if parent in family:
-            return
-        if family:
-            family[0].lane, family[0].block_table = parent.lane, parent.block_table
-            parent.lane, parent.block_table = -1, []
-        self._free(parent)
+    def _hand_over(
+        self, parent: Sequence, heirs: list[Sequence], awake: set[int]
+    ) -> list[tuple[Sequence, int]]:
+        """Pass a parent's blocks and lane on to its heirs, itself among them or not.
 
-    def _share_place(self, family: list[Sequence]) -> None:
-        """Give forks a lane and a block table like those of the one that has them."""
-        if len(family) < 2:
-            return
-        source = next(sequence for sequence in family if sequence.lane >= 0)
-        for sequence in family:
-            if sequence is not source:
-                sequence.block_table = self.pool.share(source.block_table)
-                sequence.lane = self.lanes.take()
-                self.lanes.fork(source.lane, sequence.lane)
-                self.sampler.fork(source.lane, sequence.lane)
+        Returns those who still need a lane, with the lane to copy, -1 if there is none.
+        """
+        self._divide(parent, heirs)
+        if parent.companion is not None:
+            companions = [heir.companion for heir in heirs if heir.companion is not None]
+            self._divide(parent.companion, companions)
+        lane, parent.lane = parent.lane, -1
+        waking = [heir for heir in heirs if id(heir) in awake]
+        if lane < 0:
+            return [(heir, -1) for heir in waking]
+        if len(waking) < len(heirs):
+            state = self.lanes.save(lane)
+            for heir in heirs:
+                heir.state = state
+        if not waking:
+            self.lanes.release(lane)
+            return []
+        keeper = parent if any(heir is parent for heir in waking) else waking[0]
+        keeper.lane = lane
+        self.lanes.seeds[lane] = keeper.seed
+        return [(heir, lane) for heir in waking if heir is not keeper]
+
+    def _divide(self, parent: Sequence, heirs: list[Sequence]) -> None:
+        """All heirs get the parent's blocks; without any, they are free."""
+        pool, table = self.pools[parent.model], parent.block_table
+        if not any(heir is parent for heir in heirs):
+            parent.block_table = []
+        for heir in heirs:
+            heir.block_table = table if heir is parent else pool.share(table)
+        if parent.block_table is not table:
+            pool.release(table)
 
     def _note_appended(self, sequence: Sequence, start: int) -> None:
         lanes, positions, token_ids = self._appended
-        for position in range(start, len(sequence.token_ids)):
+        for index in range(start, len(sequence.token_ids)):
             lanes.append(sequence.lane)
-            positions.append(position)
-            token_ids.append(sequence.token_ids[position])
+            positions.append(index - sequence.num_hidden)
+            token_ids.append(sequence.token_ids[index])
 
     def _fork(self, parent: Sequence) -> Sequence:
+        companion = parent.companion
         return replace(
             parent,
             token_ids=parent.token_ids.copy(),
             block_hashes=parent.block_hashes.copy(),
             stream=parent.stream.fork(),
+            companion=None if companion is None else self._fork(companion),
+            scores=parent.scores.copy(),
+            report=parent.report.copy(),
             block_table=[],
             lane=-1,
         )
 
 
-def _append(request: Request, sequence: Sequence, token: Token) -> None:
-    """Add a token and see whether it ends the sequence.
-
-    In this order: end of sequence, stop tokens, stop strings, length; "stop" wins over "length".
-    """
-    if token.id == NO_VALID_TOKEN:
-        sequence.stream.end()
-        _finish(sequence, FinishReason.STOP, "no_valid_token")
-        return
-    sequence.token_ids.append(token.id)
-    sequence.cumulative_logprob += token.logprob or 0.0
-    stop_reason = request.stop_tokens.get(token.id)
-    if token.id in request.eos_token_ids and not request.params.ignore_eos:
-        sequence.stream.push_silent(token)
-        _finish(sequence, FinishReason.STOP, None)
-    elif stop_reason is not None:
-        kept = request.params.include_stop_str_in_output and isinstance(stop_reason, str)
-        sequence.stream.push_silent(token, str(stop_reason) if kept else "")
-        _finish(sequence, FinishReason.STOP, stop_reason)
-    else:
-        late = sequence.num_generated > request.params.min_tokens
-        stop = sequence.stream.push(token, match=late)
-        if stop is not None:
-            _finish(sequence, FinishReason.STOP, stop)
-        elif sequence.num_generated >= request.max_tokens:
-            sequence.stream.end()
-            _finish(sequence, FinishReason.LENGTH, None)
-
-
-def _finish(sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-    sequence.finish_reason = reason
-    sequence.stop_reason = stop_reason
+def _complete(group: Group) -> bool:
+    """Is the last token of each of its sequences computed?"""
+    return all(sequence.num_uncomputed == 0 for sequence in group.to_compute)
 
 
 def _turn(group: Group) -> tuple[int, float]:

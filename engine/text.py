@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from engine.tokenizer import Tokenizer
-from engine.types import Token
+from engine.types import Sequence, Token
 
 _MAX_CHARACTER_BYTES = 4
 
@@ -123,6 +123,11 @@ class TextStream:
         del self._tokens[:count]
         return text, tokens
 
+    @property
+    def tokens(self) -> list[Token]:
+        """All that have not been taken."""
+        return [token for _, token in self._tokens]
+
     def fork(self) -> "TextStream":
         twin = TextStream(self._detokenizer.fork(), self._stops, self._keep_stop)
         twin._ready = self._ready.copy()
@@ -149,6 +154,39 @@ class TextStream:
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 return size
         return 0
+
+
+class Settled:
+    """What all sequences of a group begin with, on its way out before they end."""
+
+    def __init__(self, stream: TextStream, min_tokens: int) -> None:
+        """`stream` is one of a sequence without output."""
+        self._stream = stream.fork()
+        self._min_tokens = min_tokens
+        self._num_pushed = 0
+        self._text_len = 0
+        self._num_tokens = 0
+
+    def take(self, sequences: Seq[Sequence]) -> tuple[str, tuple[Token, ...]]:
+        """What may leave now that was not common, or not complete, before."""
+        first = sequences[0].tokens
+        # What ends a sequence may not show in its text.
+        outputs = [one.output[:-1] if one.finish_reason else one.output for one in sequences]
+        while self._num_pushed < min(map(len, outputs)):
+            ids = {output[self._num_pushed] for output in outputs}
+            if len(ids) > 1:
+                break
+            self._num_pushed += 1
+            token = first[self._num_pushed - 1]
+            self._stream.push(token, match=self._num_pushed > self._min_tokens)
+        text, tokens = self._stream.take()
+        self._text_len += len(text)
+        self._num_tokens += len(tokens)
+        return text, tokens
+
+    def rest_of(self, text: str, tokens: Seq[Token]) -> tuple[str, tuple[Token, ...]]:
+        """What has not left yet of a sequence's whole output."""
+        return text[self._text_len :], tuple(tokens[self._num_tokens :])
 
 
 def _with_text(token: Token, text: str) -> Token:

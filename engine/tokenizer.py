@@ -36,6 +36,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocabulary: dict[str, int] = vocab
         self.size = max(vocab.values()) + 1
         added = self._backend.get_added_tokens_decoder()
         self.special = {i: str(token.content) for i, token in added.items() if token.special}

@@ -6,6 +6,7 @@ nothing, and rows that are not traced do not pay for it.
 
 import re
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,46 +20,58 @@ from engine.rng import Domain, uniform
 from engine.types import LayerTrace, Probability, Rows, StageTrace, TokenTrace
 
 
-def trace_row(
-    pipeline: Pipeline, lanes: Lanes, raw: Tensor, rows: Rows, token_id: int, top: int, greedy: bool
-) -> TokenTrace:
-    """The way of one row, raw [1, V] float32, to the token that was chosen from it.
+class RowTrace:
+    """The way of one row, raw [1, V] float32, through the pipeline.
 
-    To be called before the pipeline observes the token.
+    To be made before the pipeline observes what is drawn.
     """
-    transforms, filters = pipeline.stages_of(rows.host_lanes[0])
-    stages: list[StageTrace] = []
-    logits = raw
-    for count in range(1, len(transforms) + 1):
-        after = run_transforms(transforms[:count], raw.clone(), rows)
-        if not torch.equal(after, logits):
-            stages.append(_step(transforms[count - 1], logits, after))
-        logits = after
-    candidates = _filtered(filters, logits, rows, stages)
-    final = candidates.logits.double() - candidates.total
-    if candidates.tail.any():
-        whole = candidates.dense()
-        final, ids = best(whole, whole.shape[1])
-        final = final.double() - candidates.total
-    else:
-        ids = candidates.ids
-    probs = final[0].exp()
-    entropy, varentropy = _moments(raw)
-    own = raw[0, token_id] if token_id >= 0 else raw[0].amax()
-    before, shift = log_sum_exp(raw)
-    held = ids[0] == token_id
-    return TokenTrace(
-        entropy=entropy,
-        varentropy=varentropy,
-        temperature=0.0 if greedy else float(candidates.temperature[0]),
-        stages=tuple(stages),
-        before=_likeliest(raw, top),
-        after=_top(ids[0], probs, top),
-        rank=int((raw[0] > own).sum()) + 1,
-        prob_before=float((own - before[0, 0] - shift[0, 0]).exp()),
-        prob_after=1.0 if greedy else float(probs[held].sum()),
-        uniform=None if greedy else _uniform(lanes, rows, token_id),
-    )
+
+    def __init__(
+        self, pipeline: Pipeline, lanes: Lanes, raw: Tensor, rows: Rows, top: int, greedy: bool
+    ) -> None:
+        self._lanes, self._raw, self._rows, self._greedy = lanes, raw, rows, greedy
+        transforms, filters = pipeline.stages_of(rows.host_lanes[0])
+        stages: list[StageTrace] = []
+        logits = raw
+        for count in range(1, len(transforms) + 1):
+            after = run_transforms(transforms[:count], raw.clone(), rows)
+            if not torch.equal(after, logits):
+                stages.append(_step(transforms[count - 1], logits, after))
+            logits = after
+        candidates = _filtered(filters, logits, rows, stages)
+        final = candidates.logits.double() - candidates.total
+        self._ids = candidates.ids[0]
+        if candidates.tail.any():
+            whole = candidates.dense()
+            final, ids = best(whole, whole.shape[1])
+            final, self._ids = final.double() - candidates.total, ids[0]
+        self._probs = final[0].exp()
+        entropy, varentropy = _moments(raw)
+        self._shared = TokenTrace(
+            entropy=entropy,
+            varentropy=varentropy,
+            temperature=0.0 if greedy else float(candidates.temperature[0]),
+            stages=tuple(stages),
+            before=_likeliest(raw, top),
+            after=_top(self._ids, self._probs, top),
+            rank=0,
+            prob_before=0.0,
+            prob_after=0.0,
+            uniform=None,
+        )
+
+    def of(self, token_id: int, *, certain: bool = False) -> TokenTrace:
+        """What led to the choice of this token, which was `certain` if no other could come."""
+        own = self._raw[0, token_id]
+        top, shift = log_sum_exp(self._raw)
+        drawn = float(self._probs[self._ids == token_id].sum())
+        return replace(
+            self._shared,
+            rank=int((self._raw[0] > own).sum()) + 1,
+            prob_before=float((own - top[0, 0] - shift[0, 0]).exp()),
+            prob_after=1.0 if certain else drawn,
+            uniform=None if self._greedy else _uniform(self._lanes, self._rows, token_id),
+        )
 
 
 def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace, ...]:

@@ -8,9 +8,9 @@ V vocabulary, L lanes, B blocks per sequence, C context length, H hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from engine.params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.strategies.base import Strategy
-    from engine.text import TextStream
+    from engine.text import Settled, TextStream
+
+
+NO_VALID_TOKEN = -1  # instead of a token id: every token was banned
+NOT_A_NUMBER = -2  # the model's row held a NaN
 
 
 class FinishReason(StrEnum):
@@ -54,6 +58,13 @@ class Request:
     trace: TraceWish | None = None
     explained: tuple[int, ...] = ()  # positions of the prompt whose tokens are traced, ascending
     forced_len: int = 0  # so many tokens at the prompt's end count as output
+    hidden_ids: tuple[int, ...] = ()  # behind the prompt, seen by the model alone: pause tokens
+    num_thoughts: int = 0  # latent ones, behind those
+    end_ids: tuple[int, ...] = ()  # behind the thoughts, hidden too
+    early_layers: tuple[int, ...] = ()  # to contrast the last one with
+    companion_ids: tuple[int, ...] = ()  # the companion's prompt, where parameters need one
+    question_ids: tuple[int, ...] = ()  # self-evaluation: what is asked behind a try
+    verdict_ids: tuple[int, ...] = ()  # and the tokens for yes and no
     eos_token_ids: frozenset[int] = frozenset()
     stop_tokens: Mapping[int, int | str] = field(default_factory=dict)  # id -> its stop_reason
     stop_strings: tuple[str, ...] = ()
@@ -69,7 +80,18 @@ class Request:
     @property
     def probes(self) -> bool:
         """Does it want to look into the model?"""
-        return self.params.reads_attention or bool(self.trace and self.trace.layers)
+        return self.params.reads_layers or bool(self.trace and self.trace.layers)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens before the first that is generated, hidden ones included."""
+        return len(self.prompt_ids) + len(self.hidden_ids) + self.num_thoughts + len(self.end_ids)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
+        return eos | self.stop_tokens.keys()
 
 
 # -- messages from the engine
@@ -130,6 +152,15 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that could come next, and its logprob after penalties and bans, at temperature 1."""
+
+    token: Token
+    logprob: float
+    perturbed: float = 0.0  # the logprob with Gumbel noise, where a strategy wants that
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is new of one choice of one request."""
 
@@ -141,6 +172,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     explained: tuple[tuple[int, Token], ...] = ()  # with their positions; whole, at the end
+    report: Mapping[str, Any] = field(default_factory=dict)  # of the strategy; at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +219,33 @@ class StepStats:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A list of token ids and how many of them have keys and values in the cache."""
+    """A list of token ids and how many of them have keys and values in the cache.
+
+    A companion is one that gets the same output tokens after another prompt, or in another model,
+    and only lends its logits. Pending tokens are in `token_ids`, but nobody has been told of them.
+    The prompt's last `num_hidden` tokens are for the model alone: lanes and stages do not know of
+    them.
+    """
 
     index: int
     seed: int
     token_ids: list[int]
     prompt_len: int
     stream: "TextStream"
+    num_hidden: int = 0
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     lane: int = -1
     state: list[float] = field(default_factory=list)  # of stages, while there is no lane
+    model: int = 0  # which of the engine's models computes it
+    companion: "Sequence | None" = None
+    pending: list[Token] = field(default_factory=list)
+    score: float = 0.0  # what its strategy makes of it
+    scores: list[float] = field(default_factory=list)  # one for each branch that led here
+    memory: Any = None  # what its strategy keeps with it
+    thoughts: dict[int, Tensor] = field(default_factory=dict)  # by position: input embeddings [H]
+    report: dict[str, Any] = field(default_factory=dict)  # what its strategy tells the client
     cumulative_logprob: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -213,6 +260,25 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def history(self) -> list[int]:
+        """Its tokens without the hidden ones."""
+        return self.token_ids[: self.prompt_len - self.num_hidden] + self.output
+
+    @property
+    def output(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def position(self) -> int:
+        """Of the last token in `history`."""
+        return len(self.token_ids) - self.num_hidden - 1
+
+    @property
+    def tokens(self) -> list[Token]:
+        """The output so far, as far as it has not left."""
+        return self.stream.tokens
+
+    @property
     def mean_logprob(self) -> float:
         return self.cumulative_logprob / max(self.num_generated, 1)
 
@@ -224,7 +290,9 @@ class Group:
     request: Request
     strategy: "Strategy"
     live: list[Sequence]
+    asleep: list[Sequence] = field(default_factory=list)  # not computed until they are woken
     finished: list[Sequence] = field(default_factory=list)
+    settled: "Settled | None" = None
     prompt: list[Token] = field(default_factory=list)
     explained: dict[int, Token] = field(default_factory=dict)  # by position
     cached_tokens: int = 0
@@ -233,11 +301,26 @@ class Group:
     first_token_s: float = 0.0
 
     @property
+    def thinks(self) -> bool:
+        """Are there thoughts left to think, before the first token?"""
+        return len(self.live[0].thoughts) < self.request.num_thoughts
+
+    @property
     def to_compute(self) -> list[Sequence]:
-        """The live sequences to run: copies of the bare prompt are computed once, by the first."""
-        if len(self.live) > 1 and all(seq.num_generated == 0 for seq in self.live):
-            return self.live[:1]
-        return self.live
+        """The live sequences to run, and their companions.
+
+        Copies of the bare prompt are computed once, by the first.
+        """
+        copies = len(self.live) > 1 and all(seq.num_generated == 0 for seq in self.live)
+        running = self.live[:1] if copies else self.live
+        companions = [seq.companion for seq in running if seq.companion is not None]
+        return [*running, *companions]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that may hold blocks: live ones, sleepers, and the companions of both."""
+        own = [*self.live, *self.asleep]
+        return own + [seq.companion for seq in own if seq.companion is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +338,21 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The first tokens of a shared block, for one of those who share it to write behind them."""
+
+    model: int
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step computes. `copies` are (from, to) block ids, done before the forward pass."""
+    """What one step computes. The copies come before the forward pass."""
 
     chunks: list[Chunk]
-    copies: list[tuple[int, int]]
+    copies: list[BlockCopy]
 
     @property
     def num_tokens(self) -> int:
@@ -273,16 +366,51 @@ class Plan:
 class Signals:
     """What some filters want to know of the rows besides their logits.
 
-    entropy and varentropy [R, 1] are of the model's own distribution, in bits. attention [R, 4] is
-    of the last layer's newest query: see `engine.core`. Rows that want none hold zeros.
+    entropy and varentropy [R, 1] are of the model's own distribution, in bits; divergence [R, 1] is
+    that distribution's from its companion's, in nats. attention [R, 4] is of the last layer's
+    newest query: see `engine.probing`. Rows that want none hold zeros.
     """
 
     entropy: Tensor
     varentropy: Tensor
     attention: Tensor
+    divergence: Tensor
 
     def select(self, index: Tensor) -> "Signals":
-        return Signals(self.entropy[index], self.varentropy[index], self.attention[index])
+        return Signals(
+            self.entropy[index],
+            self.varentropy[index],
+            self.attention[index],
+            self.divergence[index],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the engine knows of some rows besides their logits.
+
+    attention [R, 4] is of the last layer's newest query (see `engine.probing`). companions [c, V]
+    are other logits, and `companion_of` [R] int64 says whose, -1 for none; so are early [e, M, V],
+    the logits of earlier layers, and `early_of`, of which the first `early_count` [e] count.
+    """
+
+    attention: Tensor | None = None
+    companions: Tensor | None = None
+    companion_of: Tensor | None = None
+    early: Tensor | None = None
+    early_of: Tensor | None = None
+    early_count: Tensor | None = None
+
+    def select(self, index: Tensor) -> "Beside":
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index]
+
+        return replace(
+            self,
+            attention=some(self.attention),
+            companion_of=some(self.companion_of),
+            early_of=some(self.early_of),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +427,7 @@ class Rows:
     lanes: Tensor  # [R] int64
     positions: Tensor  # [R] int64
     signals: Signals | None = None
+    beside: Beside | None = None
 
     @classmethod
     def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":
@@ -317,4 +446,14 @@ class Rows:
             self.lanes[index],
             self.positions[index],
             None if self.signals is None else self.signals.select(index),
+            None if self.beside is None else self.beside.select(index),
         )
+
+
+def companions_of(rows: Rows, wanted: list[int]) -> Tensor:
+    """The logits of the companions that some rows have, [w, V]."""
+    beside = rows.beside
+    assert beside is not None
+    assert beside.companions is not None
+    assert beside.companion_of is not None
+    return beside.companions[beside.companion_of[wanted]]

@@ -74,9 +74,11 @@ def config_names() -> list[str]:
 def locate(model: str, source: Source | None = None) -> Location:
     """Find out what --model means, without fetching anything.
 
-    `model` is a folder, a .gguf file, a hub id with an optional @revision, or only a name for
-    `source`. Raises ModelUnavailable if it cannot be any of them.
+    `model` is a folder, a .gguf file, a hub id with an optional @revision, or only a name: for
+    `source`, or of a file in configs/. Raises ModelUnavailable if it cannot be any of them.
     """
+    if source is None and (shipped := (read_config(model) or {}).get("source")):
+        source = Source.model_validate(shipped)
     path = Path(model).expanduser()
     if path.is_dir():
         return Location(path.resolve().name, lambda: path)

@@ -1,27 +1,59 @@
 """What a decoding strategy is: it answers each step with branches."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from engine.types import Sequence, Token
+from torch import Tensor
+
+from engine.types import Candidate, Sequence, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What a strategy needs to see of each row besides the token chosen for it."""
+
+    top: int = 0  # that many of the likeliest tokens, after penalties and bans
+    perturbed: bool = False  # the likeliest after Gumbel noise has been added, instead
+    hidden: bool = False  # the newest token's final hidden state
+    coverage: bool = False  # how its attention is spread over the prompt
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a strategy sees of a step; entry i belongs to live sequence i."""
+    """What a strategy sees of a step; entry i belongs to live sequence i.
+
+    `raw` and `logits` [m, V] are the model's own and those after penalties and bans; hidden is
+    [m, H]; a coverage [prompt length] sums to 1.
+    """
 
     tokens: list[Token]  # what the sampler chose, with its logprobs
+    top: list[list[Candidate]] = field(default_factory=list)  # best first
+    raw: Tensor | None = None
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    coverage: list[Tensor] = field(default_factory=list)
+    # Would this token be the last of the sequence?
+    ends: Callable[[Sequence, Token], bool] = lambda _sequence, _token: False
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A parent and the tokens to append to it.
 
-    A parent with one branch continues, with several it is forked, with none it is dropped.
+    A parent with one branch continues, with several it is forked, with none it is dropped. The
+    tokens of a draft are pending: nobody hears of them and nothing ends by them until a later
+    branch settles them. A branch that sleeps is not computed until a later branch of it does not.
     """
 
     parent: Sequence
-    tokens: tuple[Token, ...]
+    tokens: tuple[Token, ...] = ()
+    score: float | None = None
+    memory: Any = None  # None: what the parent has
+    draft: bool = False
+    settle: bool = True  # do the parent's pending tokens count from now on?
+    asleep: bool = False
+    seed: int | None = None  # for draws of its own
 
 
 class Strategy(Protocol):
@@ -31,7 +63,10 @@ class Strategy(Protocol):
     """
 
     width: int  # lanes reserved at admission: the most live sequences at any time
+    copies: int  # of the prompt, to begin with
     streams: bool  # may text leave before the whole group is done?
+    settles: bool  # if not: may what all its sequences begin with?
+    wants: Wants
 
     def advance(self, live: list[Sequence], view: View) -> list[Branch]:
         """The branches that go on, from the sequences whose last token was just computed."""
@@ -40,3 +75,22 @@ class Strategy(Protocol):
     def rank(self, finished: list[Sequence]) -> list[Sequence]:
         """The choices to return, in the order of their index."""
         ...
+
+    def remember(self, start: int, hidden: Tensor) -> None:
+        """See the final hidden states [T, H] of the prompt's tokens from `start` on.
+
+        Called only if it wants hidden states, and again for some after a preemption.
+        """
+        ...
+
+
+class Plain:
+    """What most strategies have in common: one copy of the prompt, and nothing leaves early."""
+
+    copies = 1
+    streams = False
+    settles = False
+    wants = Wants()
+
+    def remember(self, start: int, hidden: Tensor) -> None:
+        """Not called: nothing is wanted."""

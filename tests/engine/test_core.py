@@ -11,7 +11,7 @@ import engine.core
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.core import EngineCore
 from engine.errors import GenerationFailed
-from engine.strategies.base import Branch, View
+from engine.strategies.base import Branch, Plain, View
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, Sequence, Token
 from tests.support.engines import (
@@ -367,7 +367,7 @@ def test_keys_that_are_not_numbers_spoil_no_other_sequence(
 ) -> None:
     core = scripted_core(NotNumbersInTheCache(), tokenizer, num_blocks=12)
     if plain:
-        core.runner.attention = TorchPagedAttention(4, "cpu")
+        core.runners[0].attention = TorchPagedAttention(4, "cpu")
     banned = {"logit_bias": {"99": -100}}
     run(core, request(core, [4] * 6, "first", max_tokens=1))  # had the first blocks
     for index in range(3):
@@ -388,8 +388,9 @@ def test_keys_that_are_not_numbers_spoil_no_other_sequence(
 def test_a_strategy_that_raises_fails_its_request_only(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    class Broken:
+    class Broken(Plain):
         width = 2
+        copies = 2
         streams = True
 
         def advance(self, live: list[Sequence], view: View) -> list[Branch]:
@@ -403,7 +404,9 @@ def test_a_strategy_that_raises_fails_its_request_only(
     core = core_of(tokenizer)
     choose = engine.core.choose
     monkeypatch.setattr(
-        engine.core, "choose", lambda params: Broken() if params.n == 2 else choose(params)
+        engine.core,
+        "choose",
+        lambda request: Broken() if request.params.n == 2 else choose(request),
     )
     beside(core, [5, 6, 7], request(core, [8, 9], "bad", n=2, ignore_eos=True))
     failed = run(core, request(core, [8, 9], "bad", n=2, ignore_eos=True)).failed["bad"]

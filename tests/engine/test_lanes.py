@@ -78,7 +78,7 @@ def test_a_fork_copies_history_columns_and_lists() -> None:
     ragged.write(1, [4, 6], [[1, 2], [3]])
     ragged.write(2, [0], [[0]])  # an earlier owner's
 
-    lanes.fork(1, 2)
+    lanes.fork([1], [2])
 
     assert lanes.tokens[2, :3].tolist() == [7, 8, 9]
     assert (lanes.prompt_lengths[2].item(), lanes.seeds[2].item()) == (2, 5)

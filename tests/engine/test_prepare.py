@@ -169,8 +169,8 @@ def test_a_group_must_fit_into_the_cache_without_sharing(tokenizer: Tokenizer) -
     with pytest.raises(InvalidRequest) as raised:
         prepared(tokenizer, n=4, max_tokens=15)
     assert raised.value.param == "max_tokens"
-    assert "4 x 25 tokens" in str(raised.value)
-    assert "96 tokens" in str(raised.value)
+    assert "4 x 25 tokens need 28 blocks" in str(raised.value)
+    assert "has 24" in str(raised.value)
 
 
 def test_without_max_tokens_a_group_gets_what_fits(tokenizer: Tokenizer) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 import engine.core
 from engine.core import EngineCore
-from engine.params import SamplingParams
 from engine.strategies import choose
 from engine.strategies.base import Strategy
 from engine.tokenizer import Tokenizer
@@ -104,10 +103,11 @@ def test_outputs_do_not_depend_on_the_schedule(
     assert seen.forking > 150
 
 
-def _choose(params: SamplingParams) -> Strategy:
+def _choose(request: Request) -> Strategy:
+    params = request.params
     if params.best_of is not None:
         return Forking(params.num_sequences, params.n, VOCAB)
-    return choose(params)
+    return choose(request)
 
 
 def _compare(workload: Workload, want: Results, seen: Seen) -> None:

@@ -15,7 +15,7 @@ from engine.runner import Runner, choose_device, count_blocks, free_memory
 from engine.strategies.sampling import Sampling
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import Chunk, Group, Plan, Sequence
+from engine.types import BlockCopy, Chunk, Group, Plan, Sequence
 from tests.support.engines import request, scripted_core
 from tests.support.scripted import ScriptedModel
 
@@ -67,7 +67,7 @@ def test_blocks_are_copied_before_the_model_runs(tokenizer: Tokenizer) -> None:
     one = Runner(Recorder(), 8, 4, "cpu")
     one.forward(Plan([chunk(tokenizer, 0, 6, [5, 2])], []))
     fork = chunk(tokenizer, 6, 1, [5, 3])
-    one.forward(Plan([fork], [(2, 3), (5, 7)]))
+    one.forward(Plan([fork], [BlockCopy(0, 2, 3, 2), BlockCopy(1, 1, 5, 4), BlockCopy(0, 5, 7, 4)]))
     for cache in (one.cache[0].keys, one.cache[0].values):
         assert cache[3, 0, :, 0].tolist() == [54, 55, 56, 0]
         assert cache[2, 0, :, 0].tolist() == [54, 55, 0, 0]
@@ -116,13 +116,13 @@ def test_the_cache_is_as_large_as_granted_and_no_larger_than_useful(
 ) -> None:
     monkeypatch.setattr(runner, "free_memory", lambda _device: 100 * 4 * TOKEN_BYTES)
     config = EngineConfig.model_validate({"block_size": 4} | settings)
-    assert count_blocks(TwoLayers(), config, "cpu") == blocks
+    assert count_blocks([TwoLayers()], config, "cpu") == blocks
 
 
 def test_memory_for_less_than_a_block_is_an_error() -> None:
     config = EngineConfig(block_size=4, kv_cache_memory=4 * TOKEN_BYTES - 1)
     with pytest.raises(ModelUnavailable, match=r"--kv-cache-memory.*--block-size"):
-        count_blocks(TwoLayers(), config, "cpu")
+        count_blocks([TwoLayers()], config, "cpu")
 
 
 def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,8 +344,8 @@ def test_a_fork_samples_like_its_parent_and_a_reused_lane_like_its_owner() -> No
     place(lanes, 1, specs[1], sampler)
     assert chosen().token_ids == [drawn, int(logits[0].argmax())]
     assert list(chosen().logprobs) == [1]
-    lanes.fork(0, 1)
-    sampler.fork(0, 1)
+    lanes.fork([0], [1])
+    sampler.fork([0], [1])
     assert chosen().token_ids == [drawn] * 2
     assert chosen().logprobs == {}
     place(lanes, 1, specs[1], sampler)

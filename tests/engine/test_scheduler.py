@@ -7,7 +7,7 @@ import pytest
 
 import engine.core
 from engine.core import EngineCore
-from engine.strategies.base import Branch, Strategy, View
+from engine.strategies.base import Branch, Plain, Strategy, View
 from engine.tokenizer import Tokenizer
 from engine.types import Group, Plan, Sequence, Token
 from tests.support.engines import (
@@ -266,13 +266,11 @@ def test_choices_share_the_blocks_and_the_prefill_of_the_prompt(
     assert (plans[1].num_tokens, pool.num_blocks - pool.num_free) == (4, 8)
 
 
-class Scripted:
+class Scripted(Plain):
     """A strategy that does at each step what a list of functions says."""
 
-    streams = False
-
     def __init__(self, width: int, *steps: Callable[[list[Sequence]], list[Branch]]) -> None:
-        self.width = width
+        self.width = self.copies = width
         self.steps = list(steps)
 
     def advance(self, live: list[Sequence], _view: View) -> list[Branch]:

@@ -138,14 +138,14 @@ def collect(results: Results, messages: Iterable[Any]) -> None:
 def record_plans(core: EngineCore) -> list[Plan]:
     """The plans of all steps to come, checked as they are made."""
     plans: list[Plan] = []
-    forward = core.runner.forward
+    forward = core.runners[0].forward
 
     def recording(plan: Plan) -> Any:
         check_plan(core, plan)
         plans.append(plan)
         return forward(plan)
 
-    core.runner.forward = recording  # type: ignore[method-assign]
+    core.runners[0].forward = recording  # type: ignore[method-assign]
     return plans
 
 

@@ -2,20 +2,18 @@
 
 from hashlib import blake2b
 
-from engine.strategies.base import Branch, View
+from engine.strategies.base import Branch, Plain, View
 from engine.types import Sequence, Token
 
 
-class Forking:
+class Forking(Plain):
     """Every sequence proposes two branches; the `width` whose tokens hash lowest go on.
 
     So some sequences fork, some go on and some are dropped, always the same ones.
     """
 
-    streams = False
-
     def __init__(self, width: int, n: int, vocab_size: int) -> None:
-        self.width = width
+        self.width = self.copies = width
         self.n = n
         self.vocab_size = vocab_size
 

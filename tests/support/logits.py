@@ -14,8 +14,9 @@ from engine.lanes import Lanes
 from engine.logits.pipeline import Pipeline, dense, run_filters
 from engine.logits.stage import Stage, Transform
 from engine.numerics import NEG_INF
-from engine.params import EXCLUDES, SamplingParams
-from engine.types import Request, Rows, Signals
+from engine.params import EXCLUDES, NEEDS, SamplingParams
+from engine.sampler import kl_divergence
+from engine.types import Beside, Request, Rows, Signals
 from engine.vocabulary import Vocabulary
 
 ROW_A = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
@@ -76,7 +77,48 @@ EXAMPLES: dict[str, list[Any]] = {
         {"high_ent": 2.0, "low_vent": 3.0, "clarify_token": 9},
         {"low_ent": 5.0, "low_vent": 5.0, "top_k": 3},
     ],
+    "use_beam_search": [True],
+    "sampler_order": ["hf"],
+    "guidance_scale": [1.5, 0.0, -2.0, 1e300],
+    "negative_prompt": ["x"],
+    "cd_amateur": ["small"],
+    "cd_alpha": [0.1, 1.0, 1e-300],
+    "cd_beta": [None, 0.5, 0.0, 1e300],
+    "cd_temperature": [1.0, 0.5, 1e-300],
+    "dola_layers": ["high", "low", [1]],
+    "dola_relative_top": [0.1, 1.0, 1e-300],
+    "dola_mode": ["paper", "hf"],
+    "dola_norm": [False, True],
+    "kl_bandwidth": [1.0, 0.1, 1e-300, 1e300],
+    "kl_reference_prompt": ["x"],
     "xtc_threshold": [0.1, 0.03, 0.01, 0.05, 0.3, 0.6, 0.0],
+}
+
+
+# Values of the fields that say which sequences there are.
+STRATEGIES: dict[str, list[Any]] = {
+    "n": [2],
+    "best_of": [3],
+    "beam_width": [4],
+    "length_penalty": [0.5],
+    "length_penalty_type": ["gnmt"],
+    "early_stopping": ["never"],
+    "beam_prune": [3.0],
+    "coverage_penalty": [0.2],
+    "num_beam_groups": [2],
+    "diversity_penalty": [0.5],
+    "stochastic_beams": [True],
+    "beam_strategy": ["best_first"],
+    "beam_memory": [4],
+    "penalty_alpha": [0.6],
+    "cot_branches": [3],
+    "cot_branch_position": [1],
+    "cot_aggregate": ["max"],
+    "cot_pattern": ["[0-9]"],
+    "sed": [{}],
+    "pause_token": ["x"],
+    "num_pause_tokens": [3],
+    "num_latent_thoughts": [2],
 }
 
 
@@ -110,6 +152,7 @@ class Spec:
             logprobs=self.logprobs,
             eos_token_ids=frozenset(self.ends),
             stop_tokens={token_id: token_id for token_id in params.stop_token_ids},
+            early_layers=(1,) if params.dola_layers else (),
             clarify_token=params.entropix and params.entropix.clarify_token,
             dry_breaker_ids=tuple(BREAKERS.get(word, ()) for word in params.dry_sequence_breakers),
             bad_word_ids=tuple(tuple(map(int, word.split())) for word in params.bad_words),
@@ -175,13 +218,26 @@ def process(
 
 
 def with_signals(rows: Rows, logits: Tensor) -> Rows:
-    """The rows with what filters may want to know besides; of attention, always the same."""
+    """The rows with what stages may want to know besides; of attention, always the same."""
     probs = logits.double().softmax(1)
     surprise = torch.where(probs > 0, -probs.log2(), 0.0)
     entropy = (probs * surprise).sum(1, keepdim=True)
     varentropy = (probs * (surprise - entropy) ** 2).sum(1, keepdim=True)
     attention = torch.tensor([2.0, 0.5, 0.1, 1.5]).expand(len(logits), 4)
-    return replace(rows, signals=Signals(entropy.float(), varentropy.float(), attention))
+    # Other rows, made of each row alone, as a companion's and two earlier layers'.
+    others = [logits.roll(shift, 1).clamp(-1e30, 1e30) for shift in (1, 2, 3)]
+    own = torch.arange(len(logits))
+    beside = Beside(
+        companions=others[0],
+        companion_of=own,
+        early=torch.stack(others[1:], 1),
+        early_of=own,
+        early_count=torch.where(entropy[:, 0] > 3.0, 2, 1),
+    )
+    other = others[0].double().softmax(1)
+    divergence = kl_divergence(probs, other).float().nan_to_num(0.0)
+    signals = Signals(entropy.float(), varentropy.float(), attention, divergence)
+    return replace(rows, signals=signals, beside=beside)
 
 
 def run_stage(stage: Stage, logits: Tensor, rows: Rows) -> Tensor:
@@ -295,16 +351,25 @@ def examples(fields: Iterable[str], count: int) -> list[dict[str, Any]]:
     for rng in (random.Random(index) for index in range(count)):
         params = {name: rng.choice(EXAMPLES[name]) for name in names}
         for name, others in EXCLUDES.items():
-            for gone in rng.choice([(name,), others]) if name in params else ():
-                params.pop(gone, None)
+            if name in params and params.keys() & set(others):
+                for gone in rng.choice([(name,), others]):
+                    params.pop(gone, None)
+        for name in [name for name, other in NEEDS.items() if other not in params]:
+            params.pop(name, None)
         sets.append(params)
     return sets
 
 
 def asking(name: str) -> dict[str, Any]:
-    """A field and an example value with which it asks for something."""
-    given = ({name: value} for value in EXAMPLES[name])
-    return next(one for one in given if SamplingParams.model_validate(one).asks(name))
+    """A field and an example value with which it asks for something, and what that needs."""
+    values, given = EXAMPLES | STRATEGIES, dict[str, Any]()
+    needs = {"penalty_alpha": "top_k"} | NEEDS
+    other = needs.get(name)
+    while other is not None and other != name:
+        given[other] = 4 if other == "top_k" else values[other][0]
+        other = needs.get(other)
+    both = ({name: value} | given for value in values[name])
+    return next(one for one in both if SamplingParams.model_validate(one).asks(name))
 
 
 def histories(count: int, longest: int = 12) -> list[tuple[list[int], list[int]]]:

@@ -200,11 +200,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 FAMILIES = LLAMA_SHAPED | GENERIC
 
 
-def hf_model(family: str, seed: int = 0) -> Any:
-    """A random Hugging Face model of a family, float32."""
+def hf_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random Hugging Face model of a family, float32; `changes` are to its config."""
     name, values = (FAMILIES | {name: row[:2] for name, row in REFUSED.items()})[family]
     config_name = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
-    config = getattr(transformers, config_name)(**values)
+    config = getattr(transformers, config_name)(**values | changes)
     kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     torch.manual_seed(seed)
     return kinds[config.is_encoder_decoder].from_config(config).float().eval()
@@ -215,6 +215,12 @@ def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def load(folder: Path) -> Any:
+    """The Hugging Face model of a folder, float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    return model.eval()
 
 
 def tokenizer() -> Any:

@@ -21,7 +21,9 @@ def generated(folder: Path) -> tuple[type, list[list[int]]]:
         for index, ids in enumerate(PROMPTS)
     ]
     results = run(core, *requests)
-    return type(core.runner.attention), [results.ids(str(index)) for index in range(len(PROMPTS))]
+    return type(core.runners[0].attention), [
+        results.ids(str(index)) for index in range(len(PROMPTS))
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3", "gpt2"])

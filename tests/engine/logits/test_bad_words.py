@@ -1,7 +1,6 @@
 """Words that must not be generated."""
 
 import random
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -93,12 +92,13 @@ class Words:
 
 def bad_word_ids(*words: str) -> tuple[tuple[int, ...], ...]:
     limits = dict.fromkeys(("vocab_size", "context_len", "num_lanes", "num_blocks"), 100)
-    info = SimpleNamespace(**limits, block_size=4, eos_token_ids=frozenset({2}))
+    names = dict.fromkeys(("dtype", "device", "model_type", "identity"), "")
+    info = ModelInfo(**limits, **names, block_size=4, eos_token_ids=frozenset({2}))
     return prepare(
         [1],
         SamplingParams(bad_words=list(words)),
         Output(),
-        cast(ModelInfo, info),
+        info,
         cast(Any, Words()),
         request_id="r",
     ).bad_word_ids

@@ -161,8 +161,8 @@ def test_a_fork_copies_a_lane_and_then_goes_its_own_way(stage: type[Stage]) -> N
         place(lanes, child, spec, pipeline)  # an earlier owner
     for parent, spec in enumerate(specs):
         place(lanes, parent, spec, pipeline)
-        lanes.fork(parent, children[parent])
-        pipeline.fork(parent, children[parent])
+        lanes.fork([parent], [children[parent]])
+        pipeline.fork([parent], [children[parent]])
 
     def got(lane_ids: list[int]) -> Tensor:
         return run_pipeline(pipeline, specs, logits, lane_ids)

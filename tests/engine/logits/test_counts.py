@@ -38,7 +38,7 @@ class Counted:
         tokens.append(token)
 
     def fork(self, parent: int, child: int) -> None:
-        self.lanes.fork(parent, child)
+        self.lanes.fork([parent], [child])
         tokens, prompt_len, window = self.sequences[parent]
         self.sequences[child] = (tokens.copy(), prompt_len, window)
 

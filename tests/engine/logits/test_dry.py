@@ -248,7 +248,7 @@ class Growing:
         self.specs[lane] = Spec(spec.params, spec.prompt, [*spec.output, token])
 
     def fork(self, parent: int, child: int) -> None:
-        self.lanes.fork(parent, child)
+        self.lanes.fork([parent], [child])
         self.specs[child] = self.specs[parent]
 
     def check(self, lane_ids: Sequence[int], logits: Tensor) -> None:

@@ -275,8 +275,8 @@ def test_a_fork_takes_the_limit_along_and_then_goes_its_own_way() -> None:
     for step in range(5):
         some.step(random_rows(2, 700, seed=step))
     child = some.lanes.take()
-    some.lanes.fork(some.lane_ids[0], child)
-    some.sampler.fork(some.lane_ids[0], child)
+    some.lanes.fork([some.lane_ids[0]], [child])
+    some.sampler.fork([some.lane_ids[0]], [child])
     some.lane_ids.append(child)
     some.specs.append(replace(some.specs[0], seed=99))
     assert some.limits[2] == some.limits[0]

@@ -8,7 +8,7 @@ from engine.strategies.base import View
 from engine.strategies.sampling import Sampling
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import Sequence, Token
+from engine.types import Request, Sequence, Token
 
 
 def sequence(tokenizer: Tokenizer, index: int, logprobs: list[float]) -> Sequence:
@@ -66,6 +66,7 @@ def test_a_sequence_without_a_token_can_be_ranked(tokenizer: Tokenizer) -> None:
 def test_parameters_choose_how_many_sequences_run(
     params: dict[str, int], width: int, n: int, streams: bool
 ) -> None:
-    strategy = choose(SamplingParams.model_validate(params))
+    request = Request("r", (1,), SamplingParams.model_validate(params), max_tokens=1, seed=0)
+    strategy = choose(request)
     assert isinstance(strategy, Sampling)
     assert (strategy.width, strategy.n, strategy.streams) == (width, n, streams)
