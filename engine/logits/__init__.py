@@ -3,16 +3,21 @@
 from engine.logits.adapt_temperature import AdaptTemperature
 from engine.logits.allowed_tokens import AllowedTokens
 from engine.logits.bad_words import BadWords
+from engine.logits.contrastive_decoding import ContrastiveDecoding
 from engine.logits.cutoffs import EpsilonCutoff, EtaCutoff
+from engine.logits.dola import Dola
 from engine.logits.dry import Dry
 from engine.logits.entropix import Entropix
 from engine.logits.entropy_temperature import EntropyTemperature
 from engine.logits.eos_length import EosLengthPenalty, ExponentialDecayLengthPenalty
+from engine.logits.guidance import Guidance
+from engine.logits.kl_temperature import KlTemperature
 from engine.logits.logit_bias import LogitBias
 from engine.logits.min_p import MinP
 from engine.logits.min_tokens import MinTokens
 from engine.logits.mirostat import Mirostat
 from engine.logits.no_repeat_ngram import NoRepeatNgram
+from engine.logits.normalise import Normalise
 from engine.logits.penalties import Penalties
 from engine.logits.stage import Stage
 from engine.logits.temperature import Temperature
@@ -26,6 +31,11 @@ from engine.logits.typical_p import TypicalP
 from engine.logits.xtc import Xtc
 
 STAGES: tuple[type[Stage], ...] = (
+    Normalise,
+    # Combinations of whole distributions, which want them as the models gave them.
+    Guidance,
+    ContrastiveDecoding,
+    Dola,
     # In units of the model's logits, so before temperature; biases first, as in all peers.
     LogitBias,
     Penalties,
@@ -39,6 +49,7 @@ STAGES: tuple[type[Stage], ...] = (
     NoRepeatNgram,
     # From here on, sampled rows only. Temperatures before truncation, as in vLLM and transformers.
     EntropyTemperature,
+    KlTemperature,
     AdaptTemperature,
     Temperature,
     TopNSigma,
@@ -61,6 +72,7 @@ STAGES: tuple[type[Stage], ...] = (
 ORDERS: dict[str, tuple[type[Stage], ...]] = {
     "hf": (
         EntropyTemperature,
+        KlTemperature,
         AdaptTemperature,
         Temperature,
         TopNSigma,
@@ -90,6 +102,7 @@ ORDERS: dict[str, tuple[type[Stage], ...]] = {
         EtaCutoff,
         Xtc,
         EntropyTemperature,
+        KlTemperature,
         AdaptTemperature,
         Temperature,
         Mirostat,

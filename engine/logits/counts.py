@@ -113,8 +113,10 @@ class TokenCounts:
         self._generated = torch.zeros_like(self._ids)
         self._sizes = torch.zeros(num_lanes, dtype=torch.int64, device=device)
 
-    def _fork(self, parent: int, child: int) -> None:
-        self._covered[child] = self._covered[parent]
-        if self._slots is not None and self._covered[parent] != _UNKNOWN:
+    def _fork(self, parents: list[int], children: list[int]) -> None:
+        self._covered[children] = self._covered[parents]
+        known = np.flatnonzero(self._covered[parents] != _UNKNOWN)
+        if self._slots is not None and known.size:
+            sources, targets = np.asarray(parents)[known], np.asarray(children)[known]
             for table in (self._slots, self._ids, self._seen, self._generated, self._sizes):
-                table[child] = table[parent]
+                table[targets] = table[sources]

@@ -157,11 +157,11 @@ class Dry(Transform):
         self._breakers = torch.zeros(size, vocab_size, dtype=torch.bool, device=device)
         self._matches = torch.zeros_like(self.lanes.tokens)
 
-    def _fork(self, parent: int, child: int) -> None:
-        self._covered[child] = self._covered[parent]
+    def _fork(self, parents: list[int], children: list[int]) -> None:
+        self._covered[children] = self._covered[parents]
         if self._matches is not None and self._breakers is not None:
-            self._matches[child] = self._matches[parent]
-            self._breakers[child] = self._breakers[parent]
+            self._matches[children] = self._matches[parents]
+            self._breakers[children] = self._breakers[parents]
 
 
 def _largest_of_equals(ids: Tensor, values: Tensor, vocab_size: int) -> Tensor:

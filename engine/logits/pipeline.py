@@ -59,9 +59,9 @@ class Pipeline:
         name = request.params.sampler_order
         self._order_of[lane] = self._order_names.index(name) if name in self._order_names else 0
 
-    def fork(self, parent: int, child: int) -> None:
-        self.wanted[:, child] = self.wanted[:, parent]
-        self._order_of[child] = self._order_of[parent]
+    def fork(self, parents: list[int], children: list[int]) -> None:
+        self.wanted[:, children] = self.wanted[:, parents]
+        self._order_of[children] = self._order_of[parents]
 
     def transform(self, logits: Tensor, rows: Rows) -> Tensor:
         """Biases, penalties and bans over logits [R, V] float32, which are only read.

@@ -1,0 +1,105 @@
+"""DoLa, decoding by contrasting layers: Chuang et al., 2023, arXiv:2309.03883."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.lanes import Lanes
+from engine.logits.stage import Transform
+from engine.numerics import NEG_INF, finite, log_softmax
+from engine.types import Request, Rows
+
+_SHALLOW = 40  # models of more layers take their buckets from the first and the last 20
+
+
+class Dola(Transform):
+    """ln p - ln p', p' of the earlier layer that differs most from the last.
+
+    Of the tokens at least `dola_relative_top` as likely as the likeliest; all others are dropped.
+    The difference is the Jensen-Shannon divergence, or as in transformers' code the mean over the
+    vocabulary of the divergences from the average of both, which may choose another layer.
+    """
+
+    fields = ("dola_layers", "dola_relative_top", "dola_mode", "dola_norm")
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.margin = lanes.column(torch.float32, neutral=0.0)
+        self.as_transformers = lanes.column(torch.bool, neutral=False)
+        self.wanted = lanes.flags()
+
+    def admit(self, lane: int, request: Request) -> bool:
+        params = request.params
+        self.margin[lane] = -math.log(params.dola_relative_top)
+        self.as_transformers[lane] = params.dola_mode == "hf"
+        self.wanted[lane] = params.dola_layers is not None
+        return params.dola_layers is not None
+
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        wanted = self.wanted[rows.host_lanes].nonzero()[0].tolist()
+        if not wanted:
+            return logits
+        early, counts = _early_of(rows, wanted)
+        final = log_softmax(logits[wanted])
+        early = log_softmax(early.flatten(0, 1)).view_as(early)
+        distance = _distances(final, early, self.as_transformers.at(rows)[wanted])
+        there = torch.arange(early.shape[1], device=early.device) < counts.unsqueeze(1)
+        layer = torch.where(there, distance, NEG_INF).argmax(1)
+        other = early[torch.arange(len(wanted), device=early.device), layer]
+        least = final.amax(1, keepdim=True) - self.margin.at(rows)[wanted]
+        scores = finite(final.double() - finite(other))
+        logits[wanted] = torch.where((final >= least) & (final > NEG_INF), scores, NEG_INF)
+        return logits
+
+
+def _early_of(rows: Rows, wanted: list[int]) -> tuple[Tensor, Tensor]:
+    """The earlier layers' logits of some rows [w, M, V], and how many of M count [w]."""
+    beside = rows.beside
+    assert beside is not None
+    assert beside.early is not None
+    assert beside.early_of is not None
+    assert beside.early_count is not None
+    places = beside.early_of[wanted]
+    return beside.early[places], beside.early_count[places]
+
+
+def _distances(final: Tensor, early: Tensor, as_transformers: Tensor) -> Tensor:
+    """How much each layer's logprobs early [w, M, V] differ from final [w, V]: [w, M]."""
+    final = final.unsqueeze(1)
+    p, q = final.exp(), early.exp()
+    middle = (p + q) / 2
+    log_middle = middle.log()
+    if bool(as_transformers.all()):
+        return _mean_divergence(middle, log_middle, final, early)
+    divergence = (_kl(p, final, log_middle) + _kl(q, early, log_middle)) / 2
+    if not bool(as_transformers.any()):
+        return divergence
+    return torch.where(
+        as_transformers, _mean_divergence(middle, log_middle, final, early), divergence
+    )
+
+
+def _mean_divergence(middle: Tensor, log_middle: Tensor, final: Tensor, early: Tensor) -> Tensor:
+    # A mean over the vocabulary is a sum over a constant, which changes no order.
+    size = middle.shape[-1]
+    return (_kl(middle, log_middle, final) + _kl(middle, log_middle, early)) / (2 * size)
+
+
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (ln p - ln q) over the vocabulary."""
+    return torch.where(p > 0.0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def early_layers(chosen: str | Sequence[int], num_layers: int, tied: bool) -> tuple[int, ...]:
+    """The layers that `dola_layers` names: itself a list, or "low" or "high", as transformers has.
+
+    Layer 0 is the embedding, which says nothing in models that embed and read with one matrix.
+    """
+    if not isinstance(chosen, str):
+        return tuple(chosen)
+    start = min(2, num_layers - 1) if tied else 0
+    shallow, half = num_layers <= _SHALLOW, num_layers // 2
+    if chosen == "low":
+        return tuple(range(start, half if shallow else 20, 2)) or (start,)
+    return tuple(range(half if shallow else num_layers - 20, num_layers, 2))
