@@ -85,6 +85,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         tokens=tuple(token for delta in deltas for token in delta.tokens),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        report=last.report,
     )
 
 
@@ -206,6 +207,7 @@ class CompletionChoices(Choices):
             choice["prompt_logprobs"] = self.prompt_logprobs(delta.prompt)
         if self.body.trace is not None:
             choice["trace"] = self.traces(delta.tokens)
+        choice.update(delta.report)  # type: ignore[typeddict-item]
         return choice
 
     def _own(self, token: Token, piece: str) -> str:
@@ -292,6 +294,8 @@ class ChatChoices(Choices):
             choice["token_ids"] = [token.id for token in delta.tokens]
         if self.body.trace is not None:
             choice["trace"] = self.traces(delta.tokens)
+        if delta.finish_reason is not None:
+            choice.update(delta.report)  # type: ignore[typeddict-item]
         return choice
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:

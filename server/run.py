@@ -33,9 +33,12 @@ def serve(settings: Settings) -> int:
     Raises ModelUnavailable if there is no such model, BadOption if the port cannot be had.
     """
     location = locate(settings.engine.model, settings.source)
+    amateur_name = settings.engine.amateur_model
+    amateur = None if amateur_name is None else locate(amateur_name)
 
     def load() -> tuple[EngineCore, ModelInfo]:
-        return load_engine(settings.engine, location.fetch())
+        beside = None if amateur is None else (amateur.name, amateur.fetch())
+        return load_engine(settings.engine, location.fetch(), beside)
 
     config = settings.server
     logging.basicConfig(

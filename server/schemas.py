@@ -33,63 +33,34 @@ ALIASES = {
     "repeat_penalty": "repetition_penalty",
     "no_stop_trim": "include_stop_str_in_output",
     "truncate": "truncate_prompt_tokens",
+    "num_beams": "beam_width",
 }
 
 # Fields that are known, would change the output, and cannot be honoured yet: refused by name.
 # The values listed with a field are those that ask for nothing; further keys of an object are
 # unknown fields.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "beam_memory": (0,),
-    "beam_prune": (),
-    "beam_strategy": ("breadth",),
-    "beam_width": (1,),
-    "cd_alpha": (),
-    "cd_amateur": (),
-    "cd_beta": (),
-    "cd_temperature": (),
-    "cot_aggregate": (),
-    "cot_branch_position": (),
-    "cot_branches": (),
-    "coverage_penalty": (0,),
     "custom_logit_processor": (),
-    "diversity_penalty": (0,),
-    "dola_layers": (),
-    "dola_relative_top": (),
-    "early_stopping": (False,),
     "ebnf": (),
     "grammar": (),
-    "guidance_scale": (1,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "json_schema": (),
-    "kl_bandwidth": (0,),
-    "kl_reference_prompt": (),
-    "length_penalty": (1,),
-    "length_penalty_type": ("hf",),
     "logprob_token_ids": (),
     "lora_path": (),
     "n_keep": (0,),
-    "negative_prompt": (),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "num_latent_thoughts": (0,),
-    "num_pause_tokens": (0,),
-    "pause_token": (),
-    "penalty_alpha": (),
     "prompt_embeds": (),
     "regex": (),
     "repetition_detection": (),
     "response_format": ({"type": "text"},),
     "return_hidden_states": (False,),
     "samplers": (),
-    "sed": (),
     "stop_regex": (),
     "structured_outputs": (),
     "t_max_predict_ms": (),
     "thinking_token_budget": (),
-    "use_beam_search": (False,),
     "watermark": (False,),
 }
 
@@ -238,7 +209,7 @@ class GenerationRequest(SamplingParams):
     def _options_agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise clash("stream_options is only allowed with stream", "stream_options", self)
-        if self.stream and self.best_of is not None and self.best_of > self.n:
+        if self.stream and self.best_of_several:
             raise PydanticCustomError(
                 "incompatible_parameters",
                 "best_of cannot be streamed: which choices are best is only known at the end",
@@ -627,6 +598,32 @@ class Explanation(TypedDict):
     usage: Usage
 
 
+class CotBranch(TypedDict):
+    branch: int
+    answer: str | None
+    confidence: float
+
+
+class CotReport(CotBranch):
+    branches: list[CotBranch]
+
+
+class SedCandidate(TypedDict):
+    token_id: int
+    p_gen: float
+    p_se: float
+    propensity: float
+    rollout_token_ids: list[int]
+
+
+class SedPoint(TypedDict):
+    position: int
+    ratio: float
+    entropy: float
+    chosen: int
+    candidates: list[SedCandidate]
+
+
 class CompletionChoice(TypedDict):
     index: int
     text: str
@@ -637,6 +634,11 @@ class CompletionChoice(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
     trace: NotRequired[list[TokenTraceBody]]
+    cumulative_logprob: NotRequired[float]
+    sequence_score: NotRequired[float]
+    num_expansions: NotRequired[int]
+    cot: NotRequired[CotReport]
+    sed: NotRequired[list[SedPoint]]
 
 
 class Completion(TypedDict):
@@ -679,6 +681,11 @@ class ChatChoice(TypedDict):
     stop_reason: NotRequired[int | str | None]
     token_ids: NotRequired[list[int]]
     trace: NotRequired[list[TokenTraceBody]]
+    cumulative_logprob: NotRequired[float]
+    sequence_score: NotRequired[float]
+    num_expansions: NotRequired[int]
+    cot: NotRequired[CotReport]
+    sed: NotRequired[list[SedPoint]]
 
 
 class ChatCompletion(TypedDict):

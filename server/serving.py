@@ -31,16 +31,20 @@ class ClientGone(Exception):
 
 
 def check_fields(body: StrictModel, state: ServerState) -> dict[str, str]:
-    """Refuse what cannot be honoured; the headers that report what is ignored."""
+    """Refuse what cannot be honoured; the headers that report what has no effect."""
+    headers: dict[str, str] = {}
+    if isinstance(body, SamplingParams) and (idle := body.without_effect):
+        verb = "has" if len(idle) == 1 else "have"
+        headers["Warning"] = f'199 - "{", ".join(idle)} {verb} no effect with {body.method}"'
     ignored = list(_unknown(body))
     if ignored and state.config.strict_params:
         name = ignored[0][:100]
         raise InvalidRequest(f"{name} is unknown", name, "unknown_parameter")
     if not ignored:
-        return {}
+        return headers
     state.metrics.on_ignored(len(ignored))
     shown = [quote(name[:100], safe="") for name in sorted(ignored)[:_SHOWN_FIELDS]]
-    return {"X-Ignored-Fields": ", ".join(shown)}
+    return headers | {"X-Ignored-Fields": ", ".join(shown)}
 
 
 def _unknown(body: StrictModel, prefix: str = "") -> Iterator[str]:

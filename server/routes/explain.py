@@ -26,6 +26,18 @@ from server.state import state_of
 
 router = APIRouter(route_class=JSONRoute)
 
+_NEED_MORE = (
+    "use_beam_search",
+    "penalty_alpha",
+    "cot_branches",
+    "sed",
+    "guidance_scale",
+    "kl_bandwidth",
+    "cd_amateur",
+    "num_pause_tokens",
+    "num_latent_thoughts",
+)
+
 
 @router.post("/v1/explain", response_model=None, responses={200: {"model": Explanation}})
 async def explain(request: Request, body: ExplainRequest) -> Response:
@@ -40,6 +52,12 @@ async def explain(request: Request, body: ExplainRequest) -> Response:
     end = len(prompt_ids) + len(forced_ids)
     positions = _positions(body.positions, len(prompt_ids), end)
     log: RequestLog = request.state.log
+    if others := [name for name in _NEED_MORE if params.asks(name)]:
+        raise InvalidRequest(
+            f"{others[0]} needs more sequences than the text itself, so it cannot be explained",
+            others[0],
+            "unsupported_parameter",
+        )
     if body.trace is None:
         raise InvalidRequest("trace must not be false here", "trace")
     one = prepare(

@@ -79,6 +79,12 @@ NOT_NUMBERS: tuple[Any, ...] = ("0.5", True, [1], {})
 NOT_INTEGERS: tuple[Any, ...] = ("1", True, 1.5, [1], {})
 ANYTHING = ("x", 1, [1], {"a": "b"}, True)
 DRY: dict[str, Any] = {"dry_multiplier": 1}
+BEAMS: dict[str, Any] = {"use_beam_search": True}
+GUIDED: dict[str, Any] = {"guidance_scale": 1.5}
+REFERENCE: dict[str, Any] = {"kl_reference_prompt": "a"}
+DOLA: dict[str, Any] = {"dola_layers": [0]}
+COT: dict[str, Any] = {"cot_branches": 2}
+PAUSED: dict[str, Any] = {"num_pause_tokens": 2}
 DECAY = "exponential_decay_length_penalty"
 BAD_IDS = (
     "",
@@ -274,6 +280,95 @@ ROWS = [
         ),
         (5, "x", [], Bad({"layers": ["x"]}, param="trace.layers[0]")),
     ),
+    # which sequences there are
+    flag("use_beam_search"),
+    Row("beam_width", (1, 2.0, 8), (0, -1), NOT_INTEGERS, "at least 1", also=BEAMS),
+    Row("beam_width", (1,), (2,), says="use_beam_search"),
+    Row("beam_width", (), (65,), says="at most 64", also=BEAMS),
+    Row("beam_width", (2,), (Bad(1, param="n"),), also=BEAMS | {"n": 2}),
+    Row("length_penalty", (-1e3, 0, 1e3), (), NOT_NUMBERS, also=BEAMS),
+    Row("length_penalty_type", ("hf", "gnmt", "vllm"), ("", "HF"), (5, True), "'hf'", also=BEAMS),
+    Row("early_stopping", (True, False, "never"), (), ("always", 1, []), "never", also=BEAMS),
+    Row("beam_prune", (5e-324, 1e308), (0, -1.0), NOT_NUMBERS, "greater than 0", also=BEAMS),
+    Row("coverage_penalty", (0, 1e308), (below(0),), NOT_NUMBERS, "at least 0", also=BEAMS),
+    Row("num_beam_groups", (1, 2.0, 4), (0, 3), NOT_INTEGERS, also=BEAMS | {"beam_width": 4}),
+    Row(
+        "diversity_penalty",
+        (0, 1e308),
+        (below(0),),
+        NOT_NUMBERS,
+        "at least 0",
+        also=BEAMS | {"beam_width": 4, "num_beam_groups": 2},
+    ),
+    Row("stochastic_beams", (True, False), (), (1, "true", []), also=BEAMS),
+    Row(
+        "beam_strategy",
+        ("breadth", "best_first", "astar"),
+        ("", "best"),
+        (5, True),
+        "'astar'",
+        also=BEAMS,
+    ),
+    Row(
+        "beam_memory",
+        (0, 1, 2.0),
+        (-1,),
+        NOT_INTEGERS,
+        "at least 0",
+        also=BEAMS | {"beam_strategy": "best_first"},
+    ),
+    Row("penalty_alpha", (0, 0.6, 1), (below(0), above(1)), NOT_NUMBERS, also={"top_k": 3}),
+    Row("penalty_alpha", (), (Bad(0.6, param="top_k"),), says="at least 2", also={"top_k": 1}),
+    Row("guidance_scale", (-1e308, 0, 1, 1e308), (), NOT_NUMBERS),
+    Row("negative_prompt", ("a", [5, 6]), (), (5, [], ["a"], True, {}), also=GUIDED),
+    Row("negative_prompt", (), (Bad([VOCAB], "invalid_token_id"),), also=GUIDED),
+    Row("kl_bandwidth", (0, 5e-324, 1e308), (below(0),), NOT_NUMBERS, also=REFERENCE),
+    Row("kl_bandwidth", (), (1,), says="kl_reference_prompt"),
+    Row("kl_reference_prompt", ("a", [5]), (), (5, [], ["a"], True)),
+    Row("cd_amateur", (), ("small", ""), (5, True, [])),
+    Row("cd_alpha", (5e-324, 1), (0, above(1)), NOT_NUMBERS, "greater than 0 and at most 1"),
+    Row("cd_beta", (0, 1e308), (below(0),), NOT_NUMBERS, "at least 0"),
+    Row("cd_temperature", (5e-324, 1e308), (0, -1.0), NOT_NUMBERS, "greater than 0"),
+    Row("dola_layers", ("low", "high", [0], [0, 1]), ([2], [-1]), (5, "middle", True, {})),
+    Row("dola_layers", (), (), (Bad([0, "1"], param="dola_layers[1]"),)),
+    Row("dola_relative_top", (5e-324, 1), (0, above(1)), NOT_NUMBERS, also=DOLA),
+    Row("dola_mode", ("paper", "hf"), ("", "HF"), (5, True), "'paper'", also=DOLA),
+    Row("dola_norm", (True, False), (), (1, "true", []), also=DOLA),
+    Row("cot_branches", (2, 3.0, 32), (1, 33), NOT_INTEGERS, "between 2 and 32"),
+    Row("cot_branches", (2,), (), also={"n": 2}),
+    Row("cot_branch_position", (0, 1, 2.0), (-1,), NOT_INTEGERS, "at least 0", also=COT),
+    Row("cot_aggregate", ("max", "sum"), ("", "mean"), (5, True), "'max'", also=COT),
+    Row("cot_pattern", ("a|b", "[0-9]+"), ("", "(", "x" * 1001), (5, True), also=COT),
+    Row(
+        "sed",
+        ({}, {"k": 3, "detector": "either", "delta_e": 1}, {"verdict_tokens": ["a", "b"]}),
+        (
+            *(Bad({"k": number}, param="sed.k") for number in (1, 9)),
+            *(Bad({"delta_r": number}, param="sed.delta_r") for number in (below(0), above(1))),
+            *(Bad({"alpha": number}, param="sed.alpha") for number in (below(0), above(1))),
+            Bad({"detector": "entropy"}, param="sed.delta_e"),
+            Bad({"detector": "x"}, param="sed.detector"),
+            Bad({"verdict_tokens": ["a", "ab"]}, param="sed.verdict_tokens"),
+            Bad({"unheard": 1}, param="sed.unheard"),
+        ),
+        (5, "x", [], True, Bad({"k": "2"}, param="sed.k")),
+    ),
+    Row("pause_token", (5, "a", 0), ("",), (True, [])),
+    Row("pause_token", (), (Bad(VOCAB, "invalid_token_id"), "ab"), also=PAUSED),
+    Row("num_pause_tokens", (1, 2.0, 8), (-1, 257), NOT_INTEGERS, also={"pause_token": 5}),
+    Row("num_pause_tokens", (0,), (1,), says="pause_token"),
+    Row("num_latent_thoughts", (0, 1, 2.0, 8), (-1, 65), NOT_INTEGERS, "between 0 and 64"),
+    *(
+        Row(name, (), (Bad(value, "incompatible_parameters"),), says=other, also=given)
+        for name, value, other, given in (
+            ("use_beam_search", True, "mirostat", {"mirostat": 2}),
+            ("penalty_alpha", 0.6, "n", {"n": 2, "top_k": 3}),
+            ("cot_branches", 3, "sed", {"sed": {}}),
+            ("sed", {}, "n", {"n": 2}),
+            ("guidance_scale", 1.5, "dola_layers", {"dola_layers": "low"}),
+            ("num_latent_thoughts", 2, "guidance_scale", {"guidance_scale": 1.5}),
+        )
+    ),
     # the request as a whole
     Row("request_id", ("a", "A.b_c:d-9", "a" * 128), ("", "a" * 129, "a b", "ä"), (5, True)),
     Row("priority", (-INT64, 0, INT64 - 1), (-INT64 - 1, INT64), NOT_INTEGERS, "64 bits"),
@@ -388,7 +483,10 @@ ACCEPTED = [
     (path, row, value)
     for row in ROWS
     for path in row.paths
-    for value in (*row.good, *([] if row.name in ("prompt", "messages") else [None]))
+    for value in (
+        *row.good,
+        *([None] if row.good and row.name not in ("prompt", "messages") else []),
+    )
 ]
 VALUES = [(p, row, _as_bad(value)) for row in ROWS for p in row.paths for value in row.values]
 TYPES = [(p, row) for row in ROWS for p in row.paths if row.types]
