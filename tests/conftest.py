@@ -13,7 +13,8 @@ from tests.support.engines import tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_CORES = torch.get_num_threads()
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_CORES = max(1, torch.get_num_threads() // _WORKERS)  # for this process
 
 
 @pytest.hookimpl(tryfirst=True)
