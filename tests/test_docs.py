@@ -134,9 +134,12 @@ def test_the_command_line_takes_the_examples(
 
 @pytest.fixture(scope="module")
 def real_url(real_folder: Path) -> Iterator[str]:
-    """Where the default model is served, by its own name."""
+    """Where the default model is served by its own name, and is its own amateur."""
+    name = EngineConfig().model
     app = create_app(
-        lambda: load_engine(EngineConfig(), real_folder), ServerConfig(), [EngineConfig().model]
+        lambda: load_engine(EngineConfig(), real_folder, (name, real_folder)),
+        ServerConfig(),
+        [name],
     )
     with live_server(app) as url:
         yield url
