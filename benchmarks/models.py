@@ -1,5 +1,6 @@
 """An engine in this process, for benchmarks that need one."""
 
+from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
@@ -10,12 +11,22 @@ from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 
 
-def load(model: str, **options: Any) -> tuple[EngineCore, ModelInfo]:
-    """Load what --model names, with the options its config in configs/ has, and these."""
+def load(
+    model: str, amateur: tuple[str, str] | None = None, **options: Any
+) -> tuple[EngineCore, ModelInfo]:
+    """Load what --model names, with the options its config in configs/ has, and these.
+
+    The amateur is a name for requests and the model it means.
+    """
     shipped = read_config(model) or {}
-    source = Source.model_validate(shipped["source"]) if "source" in shipped else None
     config = EngineConfig.model_validate(shipped.get("engine", {}) | {"model": model} | options)
-    return load_engine(config, locate(model, source).fetch())
+    beside = None if amateur is None else (amateur[0], _fetch(amateur[1]))
+    return load_engine(config, _fetch(model), beside)
+
+
+def _fetch(model: str) -> Path:
+    source = (read_config(model) or {}).get("source")
+    return locate(model, None if source is None else Source.model_validate(source)).fetch()
 
 
 def submit(
