@@ -70,6 +70,9 @@ def summarise(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
 
     temperature is [R]. A row needs a finite entry.
     """
+    if (library := _kernels(logits)) is not None:
+        total, entropy = library.summarise(logits, temperature.contiguous())
+        return total.unsqueeze(1), entropy.unsqueeze(1)
     top, mass, moment = block_masses(logits, temperature)
     total = mass.double().sum(1)
     scaled = (top / temperature).double()

@@ -154,6 +154,12 @@ extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* fa
     WIDE(measure_rows, *rows, factor, top, mass, moment);
 }
 
+// ln Σ exp(z / temperature) of each row, and the entropy in nats.
+extern "C" void logitmill_summarise(int64_t isa, const Rows* rows, const float* temperature,
+                                    double* total, double* entropy) {
+    WIDE(summarise_rows, *rows, temperature, total, entropy);
+}
+
 // The standard deviation of each row's finite entries.
 extern "C" void logitmill_deviation(int64_t isa, const Rows* rows, float* out) {
     WIDE(deviation_rows, *rows, out);

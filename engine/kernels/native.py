@@ -152,6 +152,7 @@ class Library:
             ("copy_blocks", None),
             ("scan", None),
             ("measure", None),
+            ("summarise", None),
             ("deviation", None),
             ("select", None),
             ("cut", None),
@@ -227,6 +228,17 @@ class Library:
             _address(moment),
         )
         return top, mass, moment
+
+    def summarise(self, logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """ln Σ exp(z / T) of each row and the entropy of softmax(z / T), [R] float64 each.
+
+        temperature is [R] float32, contiguous.
+        """
+        total, entropy = torch.empty(2, len(logits), dtype=torch.float64)
+        self._dll.logitmill_summarise(
+            self._isa, _rows(logits), _address(temperature), _address(total), _address(entropy)
+        )
+        return total, entropy
 
     def deviation(self, logits: Tensor) -> Tensor:
         """The population standard deviation of each row's finite entries, [R]."""

@@ -56,20 +56,21 @@ INLINE float maximum(const float* row, int64_t vocab) {
     return largest(best);
 }
 
-// For each block of a row: the sum of e = exp(factor · (z - top)), and the sum of e · (z - top).
+// Of one block of a row: the sum of e = exp(factor · (z - top)), and the sum of e · (z - top).
 // -inf entries count nothing.
-INLINE void measure(const float* row, int64_t vocab, float factor, float top, float* mass, float* moment) {
-    for (int64_t b = 0; b < count_blocks(vocab); ++b) {
-        Vec total = splat(0), weighted = splat(0);
-        for (int64_t i = b * kBlock; i < smaller((b + 1) * kBlock, vocab); i += kLanes) {
-            const Vec z = load_tail(row, i, vocab, kNegInf) - top;
-            const Vec e = exp_negative(z * factor);
-            total += e;
-            weighted += e > 0.0f ? e * z : splat(0);
-        }
-        mass[b] = sum(total);
-        moment[b] = sum(weighted);
+struct Masses {
+    float mass, moment;
+};
+
+INLINE Masses measure(const float* row, int64_t vocab, int64_t block, float factor, float top) {
+    Vec total = splat(0), weighted = splat(0);
+    for (int64_t i = block * kBlock; i < smaller((block + 1) * kBlock, vocab); i += kLanes) {
+        const Vec z = load_tail(row, i, vocab, kNegInf) - top;
+        const Vec e = exp_negative(z * factor);
+        total += e;
+        weighted += e > 0.0f ? e * z : splat(0);
     }
+    return {sum(total), sum(weighted)};
 }
 
 // The standard deviation of a row's finite entries, the population's.
@@ -171,7 +172,26 @@ void measure_rows(const Rows& rows, const float* factor, float* top, float* mass
 #pragma omp parallel for schedule(dynamic)
     for (int64_t r = 0; r < rows.count; ++r) {
         top[r] = maximum(rows.at(r), rows.vocab);
-        measure(rows.at(r), rows.vocab, factor[r], top[r], mass + r * blocks, moment + r * blocks);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const Masses its = measure(rows.at(r), rows.vocab, b, factor[r], top[r]);
+            mass[r * blocks + b] = its.mass;
+            moment[r * blocks + b] = its.moment;
+        }
+    }
+}
+
+void summarise_rows(const Rows& rows, const float* temperature, double* total, double* entropy) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const float top = maximum(rows.at(r), rows.vocab), factor = 1.0f / temperature[r];
+        double mass = 0, moment = 0;
+        for (int64_t b = 0; b < count_blocks(rows.vocab); ++b) {
+            const Masses its = measure(rows.at(r), rows.vocab, b, factor, top);
+            mass += its.mass;
+            moment += its.moment;
+        }
+        total[r] = std::log(mass) + top / temperature[r];
+        entropy[r] = std::log(mass) - moment / mass / temperature[r];
     }
 }
 

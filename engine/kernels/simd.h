@@ -82,8 +82,6 @@ constexpr float kRounder = 12582912.0f;
 
 // exp for x <= 0, within 2 ulp; 0 below -87.
 INLINE Vec exp_negative(Vec x) {
-    const IntVec alive = x > -87.0f;
-    x = alive ? x : splat(-87.0f);
     const Vec n = (x * 1.44269504f + kRounder) - kRounder;
     Vec r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
@@ -94,9 +92,14 @@ INLINE Vec exp_negative(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
-    const Vec value = p * (Vec)exponent;
-    return alive ? value : splat(0.0f);
+#if ISA == 512
+    const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
+    return (Vec)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)n);
+#else
+    const IntVec alive = x > -87.0f;
+    const IntVec exponent = (__builtin_convertvector(alive ? n : splat(0), IntVec) + 127) << 23;
+    return alive ? p * (Vec)exponent : splat(0.0f);
+#endif
 }
 
 // x · sigmoid(x)

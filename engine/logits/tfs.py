@@ -34,12 +34,13 @@ class TailFree(Filter):
             nothing = torch.zeros_like(tfs, dtype=torch.bool)
             candidates.keep(candidates.alive, active=tfs < 1.0, inside=nothing)
             return
-        # What was dropped goes to the end, so that the curve has no holes.
-        alive = candidates.alive
-        before = alive.cumsum(1)
-        count = before[:, -1:]
-        place = torch.where(alive, before - 1, count + (~alive).cumsum(1) - 1)
-        probs = torch.zeros_like(candidates.probs).scatter_(1, place, candidates.probs)
+        alive, probs = candidates.alive, candidates.probs
+        count = alive.sum(1, keepdim=True)
+        # Asking a GPU would mean waiting for it.
+        holes = not alive.is_cpu or bool((alive[:, 1:] > alive[:, :-1]).any())
+        if holes:  # what was dropped goes to the end
+            place = torch.where(alive, alive.cumsum(1), count + (~alive).cumsum(1)) - 1
+            probs = torch.zeros_like(probs).scatter_(1, place, probs)
         rank = torch.arange(candidates.width, device=probs.device)
         bends = probs.diff(dim=1).diff(dim=1).abs()
         passed = torch.where(rank[:-2] + 2 < count, bends, 0.0).double().cumsum(1)
@@ -54,9 +55,8 @@ class TailFree(Filter):
         keep &= has_tail | (rank < count - 1)
         keep[:, 0] = True
         curved = (count >= 3) & (total > 0.0)
-        candidates.keep(
-            keep.gather(1, place), active=(tfs < 1.0) & (curved | has_tail), inside=inside & curved
-        )
+        keep = keep.gather(1, place) if holes else keep
+        candidates.keep(keep, active=(tfs < 1.0) & (curved | has_tail), inside=inside & curved)
 
 
 def _before(passed: Tensor, total: Tensor, tfs: Tensor) -> Tensor:
