@@ -190,7 +190,8 @@ class EngineCore:
                     first = forwarded.first_rows[id(chunk.sequence)]
                     count = min(chunk.end, chunk.sequence.prompt_len) - chunk.start
                     group.strategy.remember(chunk.start, forwarded.hidden[first : first + count])
-            except GenerationFailed as error:
+            except Exception as error:
+                log.exception("request %s failed", request.request_id)
                 messages.append(self._fail(group, error))
         return messages
 
@@ -264,15 +265,15 @@ class EngineCore:
             before = len(group.finished)
             branches = group.strategy.advance(group.live, view)
             self.scheduler.commit(group, branches)
+            if not group.first_token_s:
+                group.first_token_s = time.monotonic()
+            if group.strategy.streams:
+                ended = group.finished[before:]
+                return self._deliver(group, (group.live if group.request.stream else []) + ended)
+            return self._settle(group) if group.live else self._deliver(group, [])
         except Exception as error:
             log.exception("request %s failed", group.request.request_id)
             return [self._fail(group, error)]
-        if not group.first_token_s:
-            group.first_token_s = time.monotonic()
-        if group.strategy.streams:
-            ended = group.finished[before:]
-            return self._deliver(group, (group.live if group.request.stream else []) + ended)
-        return self._settle(group) if group.live else self._deliver(group, [])
 
     def _fail(self, group: Group, error: Exception) -> Failed:
         held: list[set[int]] = [set() for _ in self.runners]
@@ -290,13 +291,16 @@ class EngineCore:
     # -- what leaves
 
     def _settle(self, group: Group) -> list[Message]:
-        """What all sequences of a group that will be told of have in common by now."""
-        if group.settled is None:
+        """What all sequences of a group that will be told of have in common by now.
+
+        While there are fewer than choices, some of those may never come to be.
+        """
+        request, sequences = group.request, [*group.live, *group.finished]
+        if group.settled is None or len(sequences) < request.params.n:
             return []
-        text, tokens = group.settled.take([*group.live, *group.finished])
+        text, tokens = group.settled.take(sequences)
         if not text and not tokens:
             return []
-        request = group.request
         return [
             Delta(request.request_id, index, text, tokens, tuple(group.prompt))
             for index in range(request.params.n)
@@ -309,8 +313,11 @@ class EngineCore:
             if not group.strategy.streams:
                 messages += [self._delta(group, seq, index) for index, seq in enumerate(ranked)]
         if group.strategy.streams:
-            deltas = [self._delta(group, sequence, sequence.index) for sequence in sequences]
-            messages += [d for d in deltas if d.text or d.tokens or d.finish_reason]
+            # Drafts of a choice have the same news, of what is settled.
+            deltas: dict[int, Delta] = {}
+            for sequence in sequences:
+                deltas.setdefault(sequence.index, self._delta(group, sequence, sequence.index))
+            messages += [d for d in deltas.values() if d.text or d.tokens or d.finish_reason]
         if not group.live:
             request, forced = group.request, group.request.forced_len
             messages.append(

@@ -206,19 +206,20 @@ class _Parts:
     @property
     def room(self) -> int:
         """How many tokens can be generated before some sequence is as long as the context."""
-        room = self.info.context_len - self.num_prompt - len(self.question_ids)
+        room = self.info.context_len - self.num_prompt
         if self.companion_ids:
             longest = self.info.context_len
             if self.params.cd_amateur is not None:
                 longest = min(longest, self.info.amateur_context_len)
             room = min(room, longest - len(self.companion_ids))
-        return room
+        return room - len(self.question_ids)
 
     def num_blocks(self, max_tokens: int) -> int:
         """Blocks of the cache that all sequences need together, at the most."""
-        needed = self.info.blocks_for(self.num_prompt + max_tokens + len(self.question_ids))
+        output = max_tokens + len(self.question_ids)
+        needed = self.info.blocks_for(self.num_prompt + output)
         if self.companion_ids:
-            companion = self.info.blocks_for(len(self.companion_ids) + max_tokens)
+            companion = self.info.blocks_for(len(self.companion_ids) + output)
             # An amateur's blocks are its own, as many as the model has.
             beside = self.params.cd_amateur is not None
             needed = max(needed, companion) if beside else needed + companion

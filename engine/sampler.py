@@ -182,7 +182,7 @@ class Sampler:
         scores = torch.where(plain, values, values - top - rest)
         reported = [self._report_of(own, row, lane) for row, lane in enumerate(lanes)]
         logprobs = torch.zeros_like(scores)
-        if any(reported):
+        if any(one is not None for one in reported):
             logprobs = own.gather(1, ids)
             if self.mode.normalised:
                 own_top, own_rest = log_sum_exp(own)

@@ -74,11 +74,13 @@ class Scheduler:
         return None
 
     def drop(self, group: Group) -> None:
-        """Take a group out, whatever its state."""
+        """Take a group out, whatever its state; one that has ended is in no queue."""
         for sequence in group.sequences:
             self._free(sequence)
         group.live, group.asleep = [], []
-        (self.running if group in self.running else self.waiting).remove(group)
+        for queue in (self.running, self.waiting):
+            if group in queue:
+                queue.remove(group)
 
     @property
     def has_work(self) -> bool:
@@ -147,6 +149,8 @@ class Scheduler:
         if not self._fit(chunks):
             for sequence in group.asleep:
                 self._free(sequence)
+                if sequence.companion is not None:
+                    self._free(sequence.companion)
             if not self._fit(chunks):
                 return False
         for chunk in chunks:

@@ -128,13 +128,13 @@ class _Group:
 class Beam(Plain):
     """Keeps the likeliest hypotheses of each length until no better result is to be expected."""
 
-    settles = True
-
     def __init__(self, request: Request) -> None:
         params = request.params
         self.n = params.n
         self.width = params.beams
         self.prune = params.beam_prune
+        # Pruning may leave fewer results than choices: none of them may begin before the end.
+        self.settles = self.prune is None or self.n == 1
         self.diversity = min(params.diversity_penalty, _LARGE)
         num_groups = params.num_beam_groups
         size = self.width // num_groups

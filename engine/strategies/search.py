@@ -74,7 +74,8 @@ class Search(Plain):
         self.max_tokens = request.max_tokens
         self.memory = params.beam_memory
         self.score = Score(request)
-        self.wants = Wants(top=self.size)
+        # What ends may be worth less than what is less likely, but goes on.
+        self.wants = Wants(top=self.size + len(request.ends))
         self.queue: list[_Entry] = []
         self.taken: Counter[int] = Counter()  # by length
         self.num_entries = 0
