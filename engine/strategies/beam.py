@@ -194,15 +194,29 @@ class Beam(Plain):
         ]
 
     def rank(self, finished: list[Sequence]) -> list[Sequence]:
-        for sequence in finished:
-            memory: _Memory = sequence.memory
-            own = self.score.finished(sequence) + self.score.coverage(memory.coverage)
+        """The best, of each group no more than it has beams.
+
+        A group's own are ranked as it saw them, those of all groups without what diversity cost.
+        """
+        results: list[Sequence] = []
+        for group in self.groups:
+            its = [one for one in finished if one.memory.group == group.index]
+            its.sort(key=lambda one: -self._worth(one, one.memory.total))
+            results += its[: group.size]
+        for sequence in results:
+            own = self._worth(sequence, sequence.score)
             sequence.report = {"cumulative_logprob": sequence.score, "sequence_score": own}
-        ranked = sorted(finished, key=lambda one: -one.report["sequence_score"])[: self.n]
+        ranked = sorted(results, key=lambda one: -one.report["sequence_score"])[: self.n]
         if self.prune is not None:
             least = ranked[0].report["sequence_score"] - self.prune
             ranked = [one for one in ranked if one.report["sequence_score"] >= least]
         return ranked
+
+    def _worth(self, sequence: Sequence, total: float) -> float:
+        """The score of a finished sequence with this sum."""
+        length, last = max(sequence.num_generated, 1), sequence.token_ids[-1]
+        own = self.score(total, sequence, length, last)
+        return own + self.score.coverage(sequence.memory.coverage)
 
 
 _NOTHING = Candidate(Token(NO_VALID_TOKEN, ""), 0.0)  # where every token is banned
