@@ -128,6 +128,16 @@ class TextStream:
         """All that have not been taken."""
         return [token for _, token in self._tokens]
 
+    @property
+    def text(self) -> str:
+        """All that may leave and has not been taken."""
+        return "".join(self._ready)
+
+    @property
+    def ends(self) -> list[int]:
+        """Where in the whole text each token ends; a character belongs to its first one."""
+        return [leaves_at for leaves_at, _ in self._tokens]
+
     def fork(self) -> "TextStream":
         twin = TextStream(self._detokenizer.fork(), self._stops, self._keep_stop)
         twin._ready = self._ready.copy()

@@ -1,6 +1,7 @@
 """CoT-decoding: Wang and Zhou, 2024, arXiv:2402.10200."""
 
 import math
+from bisect import bisect_left, bisect_right
 
 import regex
 
@@ -26,7 +27,6 @@ class CotDecoding(Plain):
         self.position = params.cot_branch_position
         self.together = params.cot_aggregate == "sum"
         self.pattern = regex.compile(params.cot_pattern or _NUMBER)
-        self.ends = request.ends
         self.wants = Wants(top=max(self.width, 2))
         self.branched = False
 
@@ -68,10 +68,10 @@ class CotDecoding(Plain):
 
     def _answer(self, sequence: Sequence) -> tuple[str | None, float]:
         """What a branch answers, and how sure of it the model is."""
-        texts = ["" if token.id in self.ends else token.text for token in sequence.tokens]
-        answer, (start, end) = None, (0, len(texts))
-        for match in self.pattern.finditer("".join(texts), timeout=_PATIENCE_S):
-            answer, (start, end) = match.group().strip(), _tokens_of(texts, *match.span())
+        ends = sequence.stream.ends
+        answer, (start, end) = None, (0, len(ends))
+        for match in self.pattern.finditer(sequence.stream.text, timeout=_PATIENCE_S):
+            answer, (start, end) = match.group().strip(), _tokens_of(ends, *match.span())
         gaps = sequence.scores[start:end]
         return answer, sum(gaps) / len(gaps) if gaps else 0.0
 
@@ -82,11 +82,6 @@ def _gap(candidates: list[Candidate]) -> float:
     return probs[0] - sum(probs[1:]) if probs else 0.0
 
 
-def _tokens_of(texts: list[str], start: int, end: int) -> tuple[int, int]:
-    """The tokens [first, last) that characters [start, end) of all texts joined are in."""
-    offset, inside = 0, []
-    for index, text in enumerate(texts):
-        if text and offset < end and offset + len(text) > start:
-            inside.append(index)
-        offset += len(text)
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+def _tokens_of(ends: list[int], start: int, end: int) -> tuple[int, int]:
+    """The tokens [first, last) that characters [start, end) are in, from where each token ends."""
+    return bisect_right(ends, start), bisect_left(ends, end) + 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import Candidate, Request, Sequence, Token
+from engine.types import NO_VALID_TOKEN, Candidate, Request, Sequence, Token
 
 
 @dataclass(slots=True)
@@ -97,16 +97,19 @@ class SelfEvaluation(Plain):
             right = view.raw[index, self.verdicts].double().softmax(0)[0]
             one.verdict, one.judged = float(right), True
             return []
-        return [self._draft(one, sequence.memory, sequence, view.tokens[index], view)]
+        # Greedily, whatever the sequence itself is drawn by; where nothing may follow, it ends.
+        token = view.top[index][0].token if view.top[index] else view.tokens[index]
+        return [self._draft(one, sequence.memory, sequence, token, view)]
 
     def _draft(
         self, one: _Try, number: int, sequence: Sequence, token: Token, view: View
     ) -> Branch:
         """One more token of a try, and behind its last one the question."""
-        one.ids.append(token.id)
-        one.asked = view.ends(sequence, token) or len(one.ids) >= self.params.rollout_tokens
+        ends = view.ends(sequence, token)
+        one.ids += [token.id] if token.id != NO_VALID_TOKEN else []
+        one.asked = ends or len(one.ids) >= self.params.rollout_tokens
         # What ends the text is left out: the question goes on from what was said.
-        said = () if one.asked and view.ends(sequence, token) else (token,)
+        said = () if ends else (token,)
         tokens = (*said, *self.question) if one.asked else said
         return Branch(sequence, tokens, draft=True, settle=False, memory=number)
 
