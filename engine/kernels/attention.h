@@ -6,32 +6,13 @@
 // a batch, in one prefill chunk or in many, from fresh memory or from the prefix cache.
 
 constexpr int kChunk = 64;    // keys per softmax chunk
-constexpr int kQueries = 16;  // queries that share a pass over keys and values
+constexpr int kQueries = 48;  // queries that share a pass over keys and values
 constexpr int kMaxDim = 256;
 #if ISA == 512
-constexpr int kWidth = 4;  // vectors of a value that are accumulated at a time
+constexpr int kWidth = 4;  // vectors that are accumulated at a time for each query
 #else
 constexpr int kWidth = 2;
 #endif
-
-typedef float QuadVec __attribute__((vector_size(16)));
-
-INLINE QuadVec quarter(Vec v) {
-    QuadVec q[4];
-    std::memcpy(q, &v, sizeof q);
-    return (q[0] + q[2]) + (q[1] + q[3]);
-}
-
-// The sums of four vectors.
-INLINE QuadVec sum4(Vec a, Vec b, Vec c, Vec d) {
-    const QuadVec qa = quarter(a), qb = quarter(b), qc = quarter(c), qd = quarter(d);
-    const QuadVec ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) +
-                       __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-    const QuadVec cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) +
-                       __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
-           __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
 
 struct Tile {
     const Span* span;
@@ -41,62 +22,191 @@ struct Tile {
 // What a tile's queries have accumulated so far.
 struct State {
     alignas(64) float q[kQueries][kMaxDim];
-    alignas(64) float acc[kQueries][kMaxDim];
+    alignas(64) float acc[kQueries][kMaxDim];  // in pairs of vectors as `split` gives them
     alignas(64) float scores[kQueries][kChunk];
+    alignas(64) uint32_t turned[kMaxDim][kChunk];  // a chunk's keys, a column each
     float best[kQueries];
     float total[kQueries];
     int64_t position[kQueries];
 };
 
-// Scores of N queries against a chunk's keys, four keys at a time.
-template <int N, class T>
-INLINE void score(const T* const* keys, int count, int dim, const float (*q)[kMaxDim],
-                  float (*scores)[kChunk]) {
-    for (int j = 0; j < count; j += 4) {
-        const T* k[4];
-        for (int n = 0; n < 4; ++n) k[n] = keys[smaller(j + n, count - 1)];
-        Vec sums[N][4] = {};
-        for (int d = 0; d < dim; d += kLanes) {
-            Vec x[N];
-            for (int i = 0; i < N; ++i) x[i] = load(q[i] + d);
-            for (int n = 0; n < 4; ++n) {
-                const Vec key = load(k[n] + d);
-                for (int i = 0; i < N; ++i) sums[i][n] += x[i] * key;
-            }
+// Where a chunk's keys and values are.
+template <class T>
+struct Chunk {
+    const T* keys[kChunk];
+    const T* values[kChunk];
+    int count;
+};
+
+// Memory that will be read next. It is asked for in small portions between the work on what is here:
+// more at once than a core has room to wait for would hold up that work.
+struct Ahead {
+    const char* first[2 * kChunk];
+    const char* last[2 * kChunk];
+    int num_runs = 0, run = 0;
+    const char* at = nullptr;
+
+    INLINE void add(const void* from, int64_t bytes) {
+        first[num_runs] = (const char*)from;
+        last[num_runs++] = (const char*)from + bytes;
+        if (num_runs == 1) at = first[0];
+    }
+
+    INLINE void ask(int lines) {
+        for (; lines > 0 && run < num_runs; --lines) {
+            __builtin_prefetch(at, 0, 2);
+            at += 64;
+            if (at >= last[run]) at = first[++run];
         }
-        for (int i = 0; i < N; ++i) {
-            const QuadVec four = sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-            std::memcpy(scores[i] + j, &four, sizeof four);  // past `count`: masked later
+    }
+};
+
+// Two vectors from memory: of floats the first 16 and the next, of the shorter type, which comes in
+// pairs of one word, the even ones and the odd ones.
+INLINE void split(const float* p, Vec& a, Vec& b) {
+    a = load(p);
+    b = load(p + kLanes);
+}
+
+INLINE void split(const BFloat16* p, Vec& a, Vec& b) {
+    WordVec words;
+    std::memcpy(&words, p, sizeof words);
+    a = (Vec)(words << 16);
+    b = (Vec)(words & 0xffff0000);
+}
+
+// What `split` has separated, in order again.
+INLINE void join(const float*, Vec&, Vec&) {}
+
+INLINE void join(const BFloat16*, Vec& a, Vec& b) {
+    const Vec even = a, odd = b;
+    a = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    b = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// A block of H x H words beside the diagonal and the one across it change places.
+template <int H, int... I>
+INLINE void exchange(WordVec& a, WordVec& b, std::integer_sequence<int, I...>) {
+    const WordVec upper = a;
+    a = __builtin_shufflevector(upper, b, (I & H ? kLanes + I - H : I)...);
+    b = __builtin_shufflevector(upper, b, (I & H ? kLanes + I : I + H)...);
+}
+
+template <int H>
+INLINE void exchange(WordVec* rows) {
+    for (int i = 0; i < kLanes; ++i) {
+        if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, kLanes>());
+    }
+}
+
+// The words of `count` keys, number j to column j. Columns up to a multiple of 16 get some key's.
+template <class T>
+INLINE void turn(const T* const* keys, int count, int dim, uint32_t (*turned)[kChunk]) {
+    const int num_words = dim * (int)sizeof(T) / 4;
+    for (int j = 0; j < count; j += kLanes) {
+        const uint32_t* words[kLanes];
+        for (int i = 0; i < kLanes; ++i) words[i] = (const uint32_t*)keys[smaller(j + i, count - 1)];
+        int w = 0;
+        for (; ISA == 512 && w + kLanes <= num_words; w += kLanes) {
+            WordVec rows[kLanes];
+            for (int i = 0; i < kLanes; ++i) std::memcpy(rows + i, words[i] + w, sizeof rows[i]);
+            exchange<8>(rows);
+            exchange<4>(rows);
+            exchange<2>(rows);
+            exchange<1>(rows);
+            for (int i = 0; i < kLanes; ++i) std::memcpy(turned[w + i] + j, rows + i, sizeof rows[i]);
+        }
+        for (; w < num_words; ++w) {
+            for (int i = 0; i < kLanes; ++i) turned[w][j + i] = words[i][w];
         }
     }
 }
 
-// acc += weights x values for N queries, W vectors of each value at a time.
-template <int N, int W, class T>
-INLINE void gather(const T* const* values, int count, int d, const float (*weights)[kChunk],
-                   float (*acc)[kMaxDim]) {
-    Vec sums[N][W];
-    for (int i = 0; i < N; ++i)
-        for (int w = 0; w < W; ++w) sums[i][w] = load(acc[i] + d + w * kLanes);
-    for (int j = 0; j < count; ++j) {
-        Vec v[W];
-        for (int w = 0; w < W; ++w) v[w] = load(values[j] + d + w * kLanes);
-        for (int i = 0; i < N; ++i) {
-            const Vec weight = splat(weights[i][j]);
-            for (int w = 0; w < W; ++w) sums[i][w] += weight * v[w];
+// Scores of N queries against W vectors of keys.
+template <int N, int W>
+INLINE void score(const float*, const uint32_t (*turned)[kChunk], int dim, const float (*q)[kMaxDim],
+                  float (*scores)[kChunk], Ahead& ahead) {
+    Vec sums[N][W] = {};
+    for (int d = 0; d < dim; ++d) {
+        ahead.ask(2);
+        for (int w = 0; w < W; ++w) {
+            const Vec key = load((const float*)turned[d] + w * kLanes);
+            for (int i = 0; i < N; ++i) sums[i][w] += key * q[i][d];
         }
     }
     for (int i = 0; i < N; ++i)
-        for (int w = 0; w < W; ++w) store(acc[i] + d + w * kLanes, sums[i][w]);
+        for (int w = 0; w < W; ++w) store(scores[i] + w * kLanes, sums[i][w]);
+}
+
+template <int N, int W>
+INLINE void score(const BFloat16*, const uint32_t (*turned)[kChunk], int dim, const float (*q)[kMaxDim],
+                  float (*scores)[kChunk], Ahead& ahead) {
+    Vec sums[N][W] = {};
+    for (int d = 0; d < dim; d += 2) {
+        ahead.ask(W);
+        for (int w = 0; w < W; ++w) {
+            Vec even, odd;
+            split((const BFloat16*)(turned[d / 2] + w * kLanes), even, odd);
+            for (int i = 0; i < N; ++i) sums[i][w] += even * q[i][d];
+            for (int i = 0; i < N; ++i) sums[i][w] += odd * q[i][d + 1];
+        }
+    }
+    for (int i = 0; i < N; ++i)
+        for (int w = 0; w < W; ++w) store(scores[i] + w * kLanes, sums[i][w]);
+}
+
+template <int N, class T>
+INLINE void score(const uint32_t (*turned)[kChunk], int count, int dim, const float (*q)[kMaxDim],
+                  float (*scores)[kChunk], Ahead& ahead) {
+    int j = 0;
+    auto at = [&] { return (const uint32_t (*)[kChunk])(turned[0] + j); };
+    auto to = [&] { return (float (*)[kChunk])(scores[0] + j); };
+    for (; j + (kWidth - 1) * kLanes < count; j += kWidth * kLanes)
+        score<N, kWidth>((const T*)nullptr, at(), dim, q, to(), ahead);
+    for (; j < count; j += kLanes) score<N, 1>((const T*)nullptr, at(), dim, q, to(), ahead);
+}
+
+// acc += weights x values for N queries, W pairs of vectors of each value at a time.
+template <int N, int W, class T>
+INLINE void gather(const T* const* values, int count, int d, const float (*weights)[kChunk],
+                   float (*acc)[kMaxDim], Ahead& ahead) {
+    Vec sums[N][2 * W];
+    for (int i = 0; i < N; ++i)
+        for (int w = 0; w < 2 * W; ++w) sums[i][w] = load(acc[i] + d + w * kLanes);
+    for (int j = 0; j < count; ++j) {
+        ahead.ask(W);
+        Vec v[2 * W];
+        for (int w = 0; w < W; ++w) split(values[j] + d + 2 * w * kLanes, v[2 * w], v[2 * w + 1]);
+        for (int i = 0; i < N; ++i) {
+            const Vec weight = splat(weights[i][j]);
+            for (int w = 0; w < 2 * W; ++w) sums[i][w] += weight * v[w];
+        }
+    }
+    for (int i = 0; i < N; ++i)
+        for (int w = 0; w < 2 * W; ++w) store(acc[i] + d + w * kLanes, sums[i][w]);
+}
+
+// The same for one vector of each value.
+template <int N, class T>
+INLINE void gather_last(const T* const* values, int count, int d, const float (*weights)[kChunk],
+                        float (*acc)[kMaxDim]) {
+    Vec sums[N];
+    for (int i = 0; i < N; ++i) sums[i] = load(acc[i] + d);
+    for (int j = 0; j < count; ++j) {
+        const Vec v = load(values[j] + d);
+        for (int i = 0; i < N; ++i) sums[i] += v * weights[i][j];
+    }
+    for (int i = 0; i < N; ++i) store(acc[i] + d, sums[i]);
 }
 
 template <int N, class T>
 INLINE void gather(const T* const* values, int count, int dim, const float (*weights)[kChunk],
-                   float (*acc)[kMaxDim]) {
+                   float (*acc)[kMaxDim], Ahead& ahead) {
     int d = 0;
     for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
-        gather<N, kWidth>(values, count, d, weights, acc);
-    for (; d < dim; d += kLanes) gather<N, 1>(values, count, d, weights, acc);
+        gather<N, kWidth / 2>(values, count, d, weights, acc, ahead);
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) gather<N, 1>(values, count, d, weights, acc, ahead);
+    for (; d < dim; d += kLanes) gather_last<N>(values, count, d, weights, acc);
 }
 
 // One chunk's scores to weights, in place; what came before is rescaled to the new maximum.
@@ -143,18 +253,21 @@ INLINE int64_t slot(const Attention& a, const Span& span, int64_t kv_head, int64
     return (block * a.kv_heads + kv_head) * a.block_size + position % a.block_size;
 }
 
-// Ask for the keys and values at positions [first, last), which will be read next.
+// The chunk that begins at position `first`.
 template <class T>
-INLINE void prefetch(const Attention& a, const Tile& tile, int64_t first, int64_t last) {
-    while (first < last) {
-        const int64_t at = slot(a, *tile.span, tile.kv_head, first);
-        const int64_t count = smaller(last - first, a.block_size - first % a.block_size);
-        const char* keys = (const char*)((const T*)a.keys + at * a.dim);
-        const char* values = (const char*)((const T*)a.values + at * a.value_dim);
-        const int64_t bytes = count * (int64_t)sizeof(T);
-        for (int64_t i = 0; i < bytes * a.dim; i += 64) __builtin_prefetch(keys + i, 0, 2);
-        for (int64_t i = 0; i < bytes * a.value_dim; i += 64) __builtin_prefetch(values + i, 0, 2);
-        first += count;
+INLINE void locate(const Attention& a, const Tile& tile, int64_t first, Chunk<T>& chunk, Ahead& ahead) {
+    chunk.count = (int)smaller<int64_t>(kChunk, last_key(tile) - first);
+    ahead = Ahead();
+    for (int j = 0; j < chunk.count;) {
+        const int64_t at = slot(a, *tile.span, tile.kv_head, first + j);
+        const int64_t left = a.block_size - (first + j) % a.block_size;
+        const int size = (int)smaller<int64_t>(chunk.count - j, left);
+        ahead.add((const T*)a.keys + at * a.dim, size * a.dim * sizeof(T));
+        ahead.add((const T*)a.values + at * a.value_dim, size * a.value_dim * sizeof(T));
+        for (int i = 0; i < size; ++i, ++j) {
+            chunk.keys[j] = (const T*)a.keys + (at + i) * a.dim;
+            chunk.values[j] = (const T*)a.values + (at + i) * a.value_dim;
+        }
     }
 }
 
@@ -177,30 +290,36 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
         s.position[i] = span.start + row;
     }
     const int64_t end = last_key(tile);
-    const T* keys[kChunk];
-    const T* values[kChunk];
-    for (int64_t first = first_key(a, tile); first < end; first += kChunk) {
-        const int count = (int)smaller<int64_t>(kChunk, end - first);
-        for (int j = 0; j < count; ++j) {
-            const int64_t at = slot(a, span, tile.kv_head, first + j);
-            keys[j] = (const T*)a.keys + at * dim;
-            values[j] = (const T*)a.values + at * value_dim;
-        }
-        if (first + kChunk < end) {
-            prefetch<T>(a, tile, first + kChunk, smaller(first + 2 * kChunk, end));
-        } else if (next) {
-            const int64_t begin = first_key(a, *next);
-            prefetch<T>(a, *next, begin, smaller(begin + kChunk, last_key(*next)));
-        }
+    Chunk<T> chunks[2];
+    Ahead ahead;
+    int side = 0;
+    locate(a, tile, first_key(a, tile), chunks[0], ahead);
+    for (int64_t first = first_key(a, tile); first < end; first += kChunk, side ^= 1) {
+        const Chunk<T>& now = chunks[side];
+        Chunk<T>& after = chunks[side ^ 1];
+        if (first + kChunk < end) locate(a, tile, first + kChunk, after, ahead);
+        else if (next) locate(a, *next, first_key(a, *next), after, ahead);
+        else ahead = Ahead();
+        turn(now.keys, now.count, dim, s.turned);
         int i = 0;
-        for (; i + 3 <= num_queries; i += 3) score<3>(keys, count, dim, s.q + i, s.scores + i);
-        for (; i < num_queries; ++i) score<1>(keys, count, dim, s.q + i, s.scores + i);
-        for (i = 0; i < num_queries; ++i) soften(s, i, first, count, value_dim, a.window);
-        for (i = 0; i + 4 <= num_queries; i += 4)
-            gather<4>(values, count, value_dim, s.scores + i, s.acc + i);
+        for (; i + 6 <= num_queries; i += 6) score<6, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
+        for (; i + 3 <= num_queries; i += 3) score<3, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
+        for (; i < num_queries; ++i) score<1, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
+        for (i = 0; i < num_queries; ++i) soften(s, i, first, now.count, value_dim, a.window);
+        for (i = 0; i + 6 <= num_queries; i += 6)
+            gather<6>(now.values, now.count, value_dim, s.scores + i, s.acc + i, ahead);
         for (; i + 3 <= num_queries; i += 3)
-            gather<3>(values, count, value_dim, s.scores + i, s.acc + i);
-        for (; i < num_queries; ++i) gather<1>(values, count, value_dim, s.scores + i, s.acc + i);
+            gather<3>(now.values, now.count, value_dim, s.scores + i, s.acc + i, ahead);
+        for (; i < num_queries; ++i)
+            gather<1>(now.values, now.count, value_dim, s.scores + i, s.acc + i, ahead);
+    }
+    for (int i = 0; i < num_queries; ++i) {
+        for (int d = 0; d + 2 * kLanes <= value_dim; d += 2 * kLanes) {
+            Vec low = load(s.acc[i] + d), high = load(s.acc[i] + d + kLanes);
+            join((const T*)nullptr, low, high);
+            store(s.acc[i] + d, low);
+            store(s.acc[i] + d + kLanes, high);
+        }
     }
     for (int i = 0; i < num_queries; ++i) {
         const int64_t row = span.first_row + tile.first + i / group;

@@ -232,7 +232,18 @@ def test_scores_of_a_prompt_do_not_depend_on_how_it_is_split(
 
 def test_scores_of_a_prompt_survive_a_preemption(tokenizer: Tokenizer) -> None:
     core = core_of(tokenizer, max_batch_tokens=16, prefix_cache=False)
-    core.submit(request(core, PROMPT, prompt_logprobs=3, n=2, max_tokens=4, temperature=1.0))
+    core.submit(
+        request(
+            core,
+            PROMPT,
+            prompt_logprobs=3,
+            n=2,
+            max_tokens=4,
+            temperature=1.0,
+            seed=1,
+            ignore_eos=True,
+        )
+    )
     for steps in (2, 5):  # inside the prompt, and behind it
         for _ in range(steps):
             core.step()

@@ -39,10 +39,12 @@ def scripted_core(
     )
 
 
-def tiny_core(folder: Path, **config: Any) -> tuple[EngineCore, ModelInfo]:
-    """An engine around a model's folder, float32."""
+def tiny_core(
+    folder: Path, amateur: tuple[str, Path] | None = None, **config: Any
+) -> tuple[EngineCore, ModelInfo]:
+    """An engine around a model's folder, float32, with the named amateur if there is one."""
     settings = {"dtype": "float32", "block_size": 4, "max_num_seqs": 16, "kv_cache_memory": 1 << 22}
-    return load_engine(EngineConfig.model_validate(settings | config), folder)
+    return load_engine(EngineConfig.model_validate(settings | config), folder, amateur)
 
 
 def info(core: EngineCore, **changes: Any) -> ModelInfo:
@@ -59,6 +61,8 @@ def info(core: EngineCore, **changes: Any) -> ModelInfo:
         "device": "cpu",
         "model_type": "scripted",
         "identity": "test",
+        "num_layers": len(core.model.kv_shapes),
+        "has_lens": core.model.has_lens,
     }
     return ModelInfo(**(known | changes))
 
@@ -151,9 +155,10 @@ def record_plans(core: EngineCore) -> list[Plan]:
 
 def assert_all_free(core: EngineCore) -> None:
     """Every block and lane has been given back."""
-    pool, lanes = core.scheduler.pool, core.lanes
-    assert pool.num_free == pool.num_blocks
-    assert all(count == 0 for count in pool.refs)
+    for pool in core.scheduler.pools:
+        assert pool.num_free == pool.num_blocks
+        assert all(count == 0 for count in pool.refs)
+    lanes = core.lanes
     assert sorted(lanes.free) == list(range(lanes.num_lanes))
 
 

@@ -8,6 +8,7 @@ import httpx
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+REPORTS = ("cumulative_logprob", "sequence_score", "num_expansions", "cot", "sed")
 
 
 def events(content: bytes) -> list[dict[str, Any]]:
@@ -75,6 +76,8 @@ def _joined(
         "stop_reason": parts[-1]["stop_reason"],
         **join(parts),
     }
+    assert not any(name in part for part in parts[:-1] for name in REPORTS)
+    choice |= {name: parts[-1][name] for name in REPORTS if name in parts[-1]}
     if any("token_ids" in part for part in parts):
         choice["token_ids"] = [i for part in parts for i in part.get("token_ids", [])]
     return choice
