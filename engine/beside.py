@@ -12,6 +12,7 @@ from engine.runner import Forwarded
 from engine.types import Beside, Group, Request, Sequence
 
 _LEAST_MASS = 1e-10
+_LARGEST = torch.finfo(torch.float32).max  # +inf counts as that
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Surroundings:
                 hidden = forwarded.hidden[[forwarded.last_rows[key] for key in its]]
                 parts.append(model.logits(hidden)[:, : self.vocab_size])
         of = [places.get(id(one.computed.companion), -1) for one in members]
-        return torch.cat(parts), of
+        return torch.cat(parts).clamp(max=_LARGEST), of
 
     def _early(self, members: Seq[Member]) -> tuple[Tensor | None, list[int], list[int]]:
         """Logits of earlier layers [e, M, V], which row has which, and how many of M count."""
@@ -108,10 +109,13 @@ class Surroundings:
             layers += layers[-1:] * (max(counts) - len(layers))
             norm = one.request.params.dola_norm
             read.append(model.final_norm(states[layers]) if norm else states[layers])
-        hidden = torch.cat(read).to(model.dtype)
+        assert self.forwarded[0] is not None
+        # Not the model's `dtype`, which may be the cache's alone.
+        hidden = torch.cat(read).to(self.forwarded[0].hidden.dtype)
         logits = model.logits(hidden)[:, : self.vocab_size].unflatten(0, (len(wanted), -1))
         places = {id(one): place for place, one in enumerate(wanted)}
-        return logits, [places.get(id(one), -1) for one in members], counts
+        of = [places.get(id(one), -1) for one in members]
+        return logits.clamp(max=_LARGEST), of, counts
 
     def _attention(self, members: Seq[Member]) -> Tensor:
         """What the rows' newest tokens attended to in the last layer, [R, 4]."""

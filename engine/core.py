@@ -320,16 +320,16 @@ class EngineCore:
             messages += [d for d in deltas.values() if d.text or d.tokens or d.finish_reason]
         if not group.live:
             request, forced = group.request, group.request.forced_len
+            # Of best_of all are counted, of any other strategy's what is returned.
+            counted = group.finished if request.params.best_of_several else ranked
             messages.append(
                 Finished(
                     request.request_id,
                     prompt_tokens=request.num_prompt,
                     cached_tokens=group.cached_tokens,
-                    completion_tokens=sum(seq.num_generated - forced for seq in group.finished),
-                    longest_tokens=max(seq.num_generated - forced for seq in group.finished),
-                    finish_reasons=tuple(
-                        seq.finish_reason for seq in group.finished if seq.finish_reason
-                    ),
+                    completion_tokens=sum(seq.num_generated - forced for seq in counted),
+                    longest_tokens=max(seq.num_generated - forced for seq in counted),
+                    finish_reasons=tuple(seq.finish_reason for seq in counted if seq.finish_reason),
                     arrival_s=request.arrival_s,
                     scheduled_s=group.scheduled_s,
                     first_token_s=group.first_token_s,

@@ -101,6 +101,8 @@ def _token_or_text(value: object) -> object:
 
 
 def _text_or_ids(value: object) -> object:
+    if value == "":
+        raise PydanticCustomError("invalid_value", "Input should not be empty")
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(type(item) is int for item in value):
@@ -934,6 +936,7 @@ EXCLUDES: dict[str, tuple[str, ...]] = {
     "mirostat": TRUNCATION,
     "adapt_temperature": ("temperature", "dynatemp_range", "edt_theta"),
     "edt_theta": ("dynatemp_range",),
+    "kl_bandwidth": ("dynatemp_range", "edt_theta", "adapt_temperature", "entropix"),
     "use_beam_search": (
         "mirostat",
         "entropix",

@@ -78,10 +78,10 @@ def prepare(
 
     `prompt_param` is the field to blame for a bad prompt. Raises InvalidRequest.
     """
-    _check_ids(prompt_ids, info, prompt_param)
-    _check_ids(params.stop_token_ids, info, "stop_token_ids")
-    _check_ids(params.allowed_token_ids or (), info, "allowed_token_ids")
-    _check_ids(params.logit_bias, info, "logit_bias")
+    check_ids(prompt_ids, info, prompt_param)
+    check_ids(params.stop_token_ids, info, "stop_token_ids")
+    check_ids(params.allowed_token_ids or (), info, "allowed_token_ids")
+    check_ids(params.logit_bias, info, "logit_bias")
     if output.trace is not None:
         _check_layers(output.trace.layers, info, "trace.layers", info.num_layers)
     parts = _Parts(prompt_ids, params, info, tokenizer)
@@ -136,7 +136,8 @@ def random_seed() -> int:
     return secrets.randbits(63)
 
 
-def _check_ids(token_ids: Iterable[int], info: ModelInfo, param: str) -> None:
+def check_ids(token_ids: Iterable[int], info: ModelInfo, param: str) -> None:
+    """Raise InvalidRequest for what is no id of a token."""
     for token_id in token_ids:
         if not 0 <= token_id < info.vocab_size:
             raise InvalidRequest(
@@ -247,7 +248,7 @@ def _companion_ids(
     else:
         return ()
     ids = tokenizer.encode(given, True) if isinstance(given, str) else given or []
-    _check_ids(ids, info, param)
+    check_ids(ids, info, param)
     if not ids:
         raise InvalidRequest(f"{param} must not be empty", param)
     return tuple(ids)
@@ -314,7 +315,7 @@ def _check_width(parts: _Parts, params: SamplingParams, info: ModelInfo) -> None
 def _one_token(token: int | str, param: str, info: ModelInfo, tokenizer: Tokenizer) -> int:
     """The id of a token given by id or text. Raises InvalidRequest."""
     if isinstance(token, int):
-        _check_ids([token], info, param)
+        check_ids([token], info, param)
         return token
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.attention.torch_paged import LayerCache
 from engine.attention.weights import attention_scores
 from engine.models.base import Probe
+from engine.numerics import NEG_INF
 from engine.types import Sequence
 
 
@@ -43,10 +44,11 @@ def attention_signals(scores: Tensor) -> Tensor:
     """Entropix's four numbers of a query's scores [Hq, C]: [4] float32.
 
     The mean over heads of the entropy in bits, its variance over heads, the mean distance of a
-    head's weights from the heads' average, and the mean size of the scores.
+    head's weights from the heads' average, and the mean size of the scores; all of what the query
+    can see.
     """
+    scores = scores[:, scores[0] > NEG_INF]
     weights = scores.softmax(-1)
     bits = torch.special.entr(weights).sum(-1) / torch.log(torch.tensor(2.0))
     agreement = (weights - weights.mean(0)).abs().mean()
-    visible = scores[scores > float("-inf")]
-    return torch.stack((bits.mean(), bits.var(correction=0), agreement, visible.abs().mean()))
+    return torch.stack((bits.mean(), bits.var(correction=0), agreement, scores.abs().mean()))

@@ -110,6 +110,9 @@ class Runner:
             if not request.probes or self.index:
                 continue
             wanted = [position - 1 for position in request.explained]
+            if wanted and request.params.reads_layers:
+                # A filter with feedback looks at all output tokens before the last one too.
+                wanted = sorted({*wanted, *range(sequence.prompt_len - 1, wanted[-1])})
             if chunk.end == len(sequence.token_ids) and not wanted:
                 wanted = [chunk.end - 1]
             for position in wanted:

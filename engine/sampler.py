@@ -48,8 +48,8 @@ class Samples:
     """What was chosen, on the host.
 
     `token_ids` has an entry per row: an id, NO_VALID_TOKEN where every token was banned, or
-    NOT_A_NUMBER where the model's row held a NaN. `logprobs` maps the rows that asked for them to
-    the chosen token's number and the likeliest tokens, best first.
+    NOT_A_NUMBER where the model's row, or one beside it, held a NaN. `logprobs` maps the rows that
+    asked for them to the chosen token's number and the likeliest tokens, best first.
     """
 
     token_ids: list[int]
@@ -111,7 +111,10 @@ class Sampler:
         if logits is not raw:
             top, chosen = scan(logits)
         chosen = torch.where(top == NEG_INF, NO_VALID_TOKEN, chosen)
-        chosen = torch.where(raw_top.isnan(), NOT_A_NUMBER, chosen)
+        broken = raw_top.isnan()
+        if rows.beside is not None:
+            broken = broken | rows.beside.broken()
+        chosen = torch.where(broken, NOT_A_NUMBER, chosen)
         # A row without a number to draw from is drawn from all the same, and not used.
         usable = chosen >= 0
         drawn: list[int] = np.flatnonzero(~self.greedy[rows.host_lanes]).tolist()

@@ -15,8 +15,8 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline, run_transforms
 from engine.logits.stage import Filter, Stage
-from engine.numerics import NEG_INF, best, log_sum_exp
-from engine.rng import Domain, uniform
+from engine.numerics import NEG_INF, best, log_sum_exp, scan
+from engine.rng import Domain, gumbel, uniform
 from engine.types import LayerTrace, Probability, Rows, StageTrace, TokenTrace
 
 
@@ -38,22 +38,17 @@ class RowTrace:
             if not torch.equal(after, logits):
                 stages.append(_step(transforms[count - 1], logits, after))
             logits = after
-        candidates = _filtered(filters, logits, rows, stages)
-        final = candidates.logits.double() - candidates.total
-        self._ids = candidates.ids[0]
-        if candidates.tail.any():
-            whole = candidates.dense()
-            final, ids = best(whole, whole.shape[1])
-            final, self._ids = final.double() - candidates.total, ids[0]
-        self._probs = final[0].exp()
+        self._candidates = _filtered(filters, logits, rows, stages)
+        self._final = self._candidates.dense()
+        values, ids = best(self._final, top)
         entropy, varentropy = _moments(raw)
         self._shared = TokenTrace(
             entropy=entropy,
             varentropy=varentropy,
-            temperature=0.0 if greedy else float(candidates.temperature[0]),
+            temperature=0.0 if greedy else float(self._candidates.temperature[0]),
             stages=tuple(stages),
             before=_likeliest(raw, top),
-            after=_top(self._ids, self._probs, top),
+            after=_top(ids[0], self._prob(values[0]), top),
             rank=0,
             prob_before=0.0,
             prob_after=0.0,
@@ -61,17 +56,47 @@ class RowTrace:
         )
 
     def of(self, token_id: int, *, certain: bool = False) -> TokenTrace:
-        """What led to the choice of this token, which was `certain` if no other could come."""
+        """What led to the choice of this token.
+
+        It is `certain` if none but the likeliest could come: this one, or one that was not chosen.
+        """
         own = self._raw[0, token_id]
         top, shift = log_sum_exp(self._raw)
-        drawn = float(self._probs[self._ids == token_id].sum())
+        drawn = float(self._prob(self._final[0, token_id]))
+        if certain:
+            drawn = float(token_id == int(scan(self._final)[1]))
         return replace(
             self._shared,
             rank=int((self._raw[0] > own).sum()) + 1,
             prob_before=float((own - top[0, 0] - shift[0, 0]).exp()),
-            prob_after=1.0 if certain else drawn,
-            uniform=None if self._greedy else _uniform(self._lanes, self._rows, token_id),
+            prob_after=drawn,
+            uniform=None if self._greedy else self._uniform(token_id),
         )
+
+    def _prob(self, logits: Tensor) -> Tensor:
+        """Probabilities at the end, of such logits."""
+        return (logits.double() - self._candidates.total[0]).exp()
+
+    def _uniform(self, token_id: int) -> float:
+        """The number in (0, 1) that the chosen token's Gumbel noise was made of."""
+        ids = torch.tensor([token_id], device=self._rows.positions.device)
+        return float(self._uniforms(ids, self._draw_of(token_id)))
+
+    def _uniforms(self, ids: Tensor, draw: int) -> Tensor:
+        return uniform(self._lanes.seeds[self._rows.lanes], self._rows.positions, ids, draw)
+
+    def _draw_of(self, token_id: int) -> int:
+        """Which draw the token came from, where there are several."""
+        candidates = self._candidates
+        if candidates.redrawn is not None and bool(candidates.redrawn & (candidates.count[0] > 1)):
+            return Domain.EXTRA
+        count = 1 if candidates.num_draws is None else int(candidates.num_draws)
+        for index in range(count if count > 1 else 0):
+            draw = Domain.EXTRA + index if index else Domain.TOKEN
+            noise = gumbel(self._uniforms(candidates.ids[0], draw))
+            if int(candidates.ids[0, (candidates.logits[0] + noise).argmax()]) == token_id:
+                return draw
+        return Domain.TOKEN
 
 
 def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace, ...]:
@@ -91,14 +116,15 @@ def _filtered(
         noted: list[StageTrace] = []
         for stage in filters:
             assert isinstance(stage, Filter)
-            before, count = candidates.total, int(candidates.count)
-            warmth = float(candidates.temperature[0])
+            before, warmth = candidates.dense(), float(candidates.temperature[0])
+            count = int(candidates.count)
             stage.apply(candidates, rows)
-            if float(candidates.temperature[0]) != warmth:
-                noted.append(StageTrace(_name(stage), int(candidates.count), 0.0))
-            elif int(candidates.count) != count:
-                left = float((candidates.total - before).exp())
-                noted.append(StageTrace(_name(stage), int(candidates.count), max(1.0 - left, 0.0)))
+            left = int(candidates.count)
+            if left != count:
+                gone = candidates.dense() == NEG_INF
+                noted.append(StageTrace(_name(stage), left, float(_probs(before)[gone].sum())))
+            elif float(candidates.temperature[0]) != warmth:
+                noted.append(StageTrace(_name(stage), left, 0.0))
         candidates.settle()
         if not bool(candidates.unsure.any()):
             stages += noted
@@ -108,10 +134,12 @@ def _filtered(
 
 def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:
     """What a transform did: tokens left, and the mass of those it banned."""
-    alive = after > NEG_INF
-    probs = before.double().softmax(1)
-    removed = float(probs[~alive].sum())
-    return StageTrace(_name(stage), int(alive.sum()), removed)
+    gone = after == NEG_INF
+    return StageTrace(_name(stage), int((~gone).sum()), float(_probs(before)[gone].sum()))
+
+
+def _probs(logits: Tensor) -> Tensor:
+    return logits.double().softmax(1)
 
 
 def _name(stage: Stage) -> str:
@@ -138,9 +166,3 @@ def _top(ids: Tensor, probs: Tensor, top: int) -> tuple[Probability, ...]:
     alive = (probs > 0.0).nonzero().flatten()[:top]
     pairs = zip(ids[alive].tolist(), probs[alive].tolist(), strict=True)
     return tuple(Probability(token_id, prob) for token_id, prob in pairs)
-
-
-def _uniform(lanes: Lanes, rows: Rows, token_id: int) -> float:
-    """The number in (0, 1) that the chosen token's Gumbel noise was made of."""
-    ids = torch.tensor([token_id], device=rows.positions.device)
-    return float(uniform(lanes.seeds[rows.lanes], rows.positions, ids, Domain.TOKEN))

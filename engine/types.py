@@ -182,8 +182,8 @@ class Finished:
     request_id: str
     prompt_tokens: int
     cached_tokens: int
-    completion_tokens: int  # of all sequences, also those best_of left out
-    longest_tokens: int  # of the longest sequence
+    completion_tokens: int  # of all choices, and of those best_of left out
+    longest_tokens: int  # of the longest of these
     finish_reasons: tuple[FinishReason, ...]
     arrival_s: float
     scheduled_s: float
@@ -400,6 +400,14 @@ class Beside:
     early: Tensor | None = None
     early_of: Tensor | None = None
     early_count: Tensor | None = None
+
+    def broken(self) -> Tensor | bool:
+        """Which rows have logits beside them that hold a NaN, [R]."""
+        found: Tensor | bool = False
+        for values, of in ((self.companions, self.companion_of), (self.early, self.early_of)):
+            if values is not None and of is not None:
+                found = found | ((of >= 0) & values.flatten(1).isnan().any(1)[of])
+        return found
 
     def select(self, index: Tensor) -> "Beside":
         def some(values: Tensor | None) -> Tensor | None:

@@ -7,6 +7,8 @@ from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
 from engine.types import Request, Rows
 
+_LEAST = 1e-30
+
 
 class KlTemperature(Filter):
     """Colder where the reference prompt would be continued otherwise: T = T0 · 2^(-KL / h).
@@ -21,8 +23,10 @@ class KlTemperature(Filter):
         self.bandwidth = lanes.column(torch.float32, neutral=0.0)
 
     def admit(self, lane: int, request: Request) -> bool:
-        self.bandwidth[lane] = request.params.kl_bandwidth
-        return request.params.kl_bandwidth > 0.0
+        bandwidth = request.params.kl_bandwidth
+        # One that float32 rounds to 0 would be none at all.
+        self.bandwidth[lane] = max(bandwidth, _LEAST) if bandwidth > 0.0 else 0.0
+        return bandwidth > 0.0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         assert rows.signals is not None

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from engine.errors import InvalidRequest
-from engine.prepare import Output, prepare
+from engine.prepare import Output, check_ids, prepare
 from engine.tokenizer import Tokenizer
 from server.answers import Envelope, fingerprint, trace_body
 from server.body import JSONRoute
@@ -49,6 +49,7 @@ async def explain(request: Request, body: ExplainRequest) -> Response:
     prompt_ids = await _ids(body.prompt, tokenizer, body.add_special_tokens)
     require_prompt(prompt_ids, given=True)
     forced_ids = await _ids(body.continuation or [], tokenizer, special=False)
+    check_ids(forced_ids, info, "continuation")
     end = len(prompt_ids) + len(forced_ids)
     positions = _positions(body.positions, len(prompt_ids), end)
     log: RequestLog = request.state.log
@@ -62,7 +63,7 @@ async def explain(request: Request, body: ExplainRequest) -> Response:
         raise InvalidRequest("trace must not be false here", "trace")
     one = prepare(
         [*prompt_ids, *forced_ids],
-        params.model_copy(update={"max_tokens": 0, "min_tokens": 0, "n": 1, "best_of": None}),
+        params.model_copy(update={"max_tokens": 0, "n": 1, "best_of": None}),
         Output(trace=body.trace.wish, explained=positions, forced_len=len(forced_ids)),
         info,
         tokenizer,

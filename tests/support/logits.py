@@ -416,3 +416,20 @@ def assert_filters_like(
             torch.testing.assert_close(got[row], want[0], rtol=0, atol=0)
             num_compared += 1
     assert num_compared > 200
+
+
+def apply_beside(
+    stage: type[Stage], specs: Sequence[Spec], logits: Tensor, beside: Beside
+) -> Tensor:
+    """What a stage makes of these sequences' rows, with what is beside them, all in one batch."""
+    lanes, lane_ids = lanes_for(specs, logits.shape[1])
+    one = stage(lanes)
+    assert isinstance(one, Transform)
+    for lane, spec in zip(lane_ids, specs, strict=True):
+        place(lanes, lane, spec, one)
+    return one.apply(logits.clone(), replace(rows_of(specs, lane_ids), beside=beside))
+
+
+def companions(logits: Tensor, of: Sequence[int] | None = None) -> Beside:
+    """Companions' logits [c, V], and which row has which; -1: none."""
+    return Beside(companions=logits, companion_of=torch.tensor(of or range(len(logits))))
