@@ -30,7 +30,7 @@ struct State {
     int64_t position[kQueries];
 };
 
-// Where a chunk's keys and values are.
+// Where a chunk's keys and values are, each D numbers behind one another.
 template <class T>
 struct Chunk {
     const T* keys[kChunk];
@@ -41,15 +41,18 @@ struct Chunk {
 // Memory that will be read next. It is asked for in small portions between the work on what is here:
 // more at once than a core has room to wait for would hold up that work.
 struct Ahead {
-    const char* first[2 * kChunk];
+    const char* first[2 * kChunk + 1];
     const char* last[2 * kChunk];
-    int num_runs = 0, run = 0;
-    const char* at = nullptr;
+    const char* at;
+    int num_runs, run;
+
+    INLINE void clear() { num_runs = run = 0; }
 
     INLINE void add(const void* from, int64_t bytes) {
+        if (num_runs == 0) at = (const char*)from;
         first[num_runs] = (const char*)from;
         last[num_runs++] = (const char*)from + bytes;
-        if (num_runs == 1) at = first[0];
+        first[num_runs] = nullptr;
     }
 
     INLINE void ask(int lines) {
@@ -257,7 +260,7 @@ INLINE int64_t slot(const Attention& a, const Span& span, int64_t kv_head, int64
 template <class T>
 INLINE void locate(const Attention& a, const Tile& tile, int64_t first, Chunk<T>& chunk, Ahead& ahead) {
     chunk.count = (int)smaller<int64_t>(kChunk, last_key(tile) - first);
-    ahead = Ahead();
+    ahead.clear();
     for (int j = 0; j < chunk.count;) {
         const int64_t at = slot(a, *tile.span, tile.kv_head, first + j);
         const int64_t left = a.block_size - (first + j) % a.block_size;
@@ -299,7 +302,7 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
         Chunk<T>& after = chunks[side ^ 1];
         if (first + kChunk < end) locate(a, tile, first + kChunk, after, ahead);
         else if (next) locate(a, *next, first_key(a, *next), after, ahead);
-        else ahead = Ahead();
+        else ahead.clear();
         turn(now.keys, now.count, dim, s.turned);
         int i = 0;
         for (; i + 6 <= num_queries; i += 6) score<6, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
