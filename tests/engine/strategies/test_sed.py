@@ -289,7 +289,13 @@ def test_ordinary_choices_are_those_of_an_ordinary_request(oracle: Oracle) -> No
             plain = run(oracle.core, oracle.request(prompt, **options))
             never = oracle.request(prompt, sed=QUESTION | {"delta_r": 1.0}, **options)
             never_answer = run(oracle.core, never)
-            assert never_answer.choices["r", 0].tokens == plain.choices["r", 0].tokens
+            pairs = zip(
+                never_answer.choices["r", 0].tokens, plain.choices["r", 0].tokens, strict=True
+            )
+            for got, want in pairs:
+                assert (got.id, got.text) == (want.id, want.text)
+                assert got.logprob == pytest.approx(want.logprob, abs=1e-5)
+                assert [one for one, _ in got.top] == [one for one, _ in want.top]
             assert never_answer.choices["r", 0].report == {"sed": []}
             some = run(oracle.core, oracle.request(prompt, sed=QUESTION, **options))
             points = some.choices["r", 0].report["sed"]
