@@ -2,12 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
-from engine.numerics import NEG_INF, best
+from engine.numerics import best
 from engine.types import Request, Rows
 
 
@@ -29,7 +28,11 @@ class TypicalP(Filter):
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         typical_p = self.typical_p.at(rows)
         total, entropy = candidates.total.float(), candidates.entropy.float()
-        nearness, order = _nearest((candidates.logits - total + entropy).abs(), candidates.ids)
+        # Of equals `best` takes the first, so sorting by id first makes it the one of lowest id.
+        _, by_id = best(-candidates.ids.float(), candidates.width)
+        distance = (candidates.logits - total + entropy).abs().gather(1, by_id)
+        nearness, order = best(-distance, candidates.width)
+        order = by_id.gather(1, order)
         mass = candidates.probs.gather(1, order).cumsum(1)
         keep = F.pad(mass[:, :-1], (1, 0)) < typical_p
         keep[:, 0] = True
@@ -40,18 +43,3 @@ class TypicalP(Filter):
         inside = (mass[:, -1:] >= typical_p) & (bound > farthest)
         keep = torch.zeros_like(keep).scatter_(1, order, keep)
         candidates.keep(keep, active=typical_p < 1.0, inside=inside)
-
-
-def _nearest(distance: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Minus the distances [R, K], largest first, and their indices; equal ones by lowest id."""
-    nearness, order = best(-distance, distance.shape[1])
-    # Asking a GPU would mean waiting for it.
-    if distance.is_cpu:
-        sorted_ids = ids.gather(1, order)
-        equal = (nearness[:, 1:] == nearness[:, :-1]) & (nearness[:, 1:] > NEG_INF)
-        if not bool((equal & (sorted_ids[:, 1:] < sorted_ids[:, :-1])).any()):
-            return nearness, order
-    # Of equals `best` takes the first, so sorting by id first makes it the one of lowest id.
-    by_id = ids.argsort(1)
-    nearness, order = best(-distance.gather(1, by_id), distance.shape[1])
-    return nearness, by_id.gather(1, order)
