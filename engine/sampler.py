@@ -183,7 +183,7 @@ class Sampler:
         # Scores that transformers would not normalise again are taken as they are.
         plain = torch.from_numpy(self.unnormalised[lanes]).to(raw.device).unsqueeze(1)
         scores = torch.where(plain, values, values - top - rest)
-        reported = [self._report_of(own, row, lane) for row, lane in enumerate(lanes)]
+        reported = self._reported(own, lanes)
         logprobs = torch.zeros_like(scores)
         if any(one is not None for one in reported):
             logprobs = own.gather(1, ids)
@@ -227,13 +227,19 @@ class Sampler:
         noise[perturbed] = gumbel(uniforms).float()
         return logits + noise, noise
 
-    def _report_of(self, raw: Tensor, row: int, lane: int) -> tuple[tuple[int, float], ...] | None:
-        """What is reported beside any token of a row: its likeliest; None if nothing is."""
-        count = int(self.logprobs[lane])
-        if count < 0:
-            return None
-        nothing = torch.zeros(1, dtype=torch.int64, device=raw.device)
-        return report(raw[row, None], nothing, count, self.mode.normalised)[1][0]
+    def _reported(
+        self, source: Tensor, lanes: list[int]
+    ) -> list[tuple[tuple[int, float], ...] | None]:
+        """What is reported beside any token of each row: its likeliest; None if nothing is."""
+        found: list[tuple[tuple[int, float], ...] | None] = [None] * len(lanes)
+        counts: list[int] = self.logprobs[lanes].tolist()
+        asking = [row for row, count in enumerate(counts) if count >= 0]
+        if asking:
+            nothing = torch.zeros(len(asking), dtype=torch.int64, device=source.device)
+            _, tops = report(source[asking], nothing, max(counts), self.mode.normalised)
+            for row, top in zip(asking, tops, strict=True):
+                found[row] = top[: counts[row]]
+        return found
 
     def _with_signals(self, raw: Tensor, rows: Rows) -> Rows:
         watching: list[int] = np.flatnonzero(self.watched[rows.host_lanes]).tolist()

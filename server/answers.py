@@ -207,6 +207,7 @@ class CompletionChoices(Choices):
             choice["prompt_logprobs"] = self.prompt_logprobs(delta.prompt)
         if self.body.trace is not None:
             choice["trace"] = self.traces(delta.tokens)
+        # The engine knows no TypedDicts; which keys a strategy reports is in the choice's schema.
         choice.update(delta.report)  # type: ignore[typeddict-item]
         return choice
 
@@ -294,7 +295,7 @@ class ChatChoices(Choices):
             choice["token_ids"] = [token.id for token in delta.tokens]
         if self.body.trace is not None:
             choice["trace"] = self.traces(delta.tokens)
-        if delta.finish_reason is not None:
+        if delta.finish_reason is not None:  # what ends has two chunks, of which the last tells
             choice.update(delta.report)  # type: ignore[typeddict-item]
         return choice
 

@@ -72,7 +72,7 @@ def assert_an_error_leaves_nothing(core: EngineCore, request: Request, other: Re
     for num_steps in range(1, _num_steps(core, request)):
         _, results = _start(core, request, other, num_steps)
         (group,) = (one for one in core.scheduler.running if one.request is request)
-        group.strategy.advance = _fail  # type: ignore[method-assign]
+        group.strategy.advance = _fail
         _finish(core, results)
         assert isinstance(results.failed[request.request_id].error, GenerationFailed)
         assert request.request_id not in results.finished

@@ -149,7 +149,7 @@ def record_plans(core: EngineCore) -> list[Plan]:
         plans.append(plan)
         return forward(plan)
 
-    core.runners[0].forward = recording  # type: ignore[method-assign]
+    core.runners[0].forward = recording
     return plans
 
 

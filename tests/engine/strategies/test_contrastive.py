@@ -166,7 +166,7 @@ def test_of_equal_candidates_the_likelier_wins_and_then_the_lower_id(tokenizer: 
     row[[40, 50, 60]] = 5.0
     # All hidden states are parallel, so likelihood alone decides.
     model = ScriptedModel(lambda _token, _position: row.clone())
-    model.forward = lambda inputs, *_: torch.ones(len(inputs.token_ids), 3)  # type: ignore[method-assign]
+    model.forward = lambda inputs, *_: torch.ones(len(inputs.token_ids), 3)
     core = scripted_core(model, tokenizer)
     options: dict[str, Any] = {"penalty_alpha": 0.6, "top_k": 3, "max_tokens": 3}
     assert run(core, request(core, [5], **options)).ids() == [40, 40, 40]
