@@ -1,12 +1,11 @@
 """An engine in this process, for benchmarks that need one."""
 
-from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.load import load_engine
-from engine.models.source import Source, locate, read_config
+from engine.models.source import locate, read_config
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 
@@ -20,13 +19,8 @@ def load(
     """
     shipped = read_config(model) or {}
     config = EngineConfig.model_validate(shipped.get("engine", {}) | {"model": model} | options)
-    beside = None if amateur is None else (amateur[0], _fetch(amateur[1]))
-    return load_engine(config, _fetch(model), beside)
-
-
-def _fetch(model: str) -> Path:
-    source = (read_config(model) or {}).get("source")
-    return locate(model, None if source is None else Source.model_validate(source)).fetch()
+    beside = None if amateur is None else (amateur[0], locate(amateur[1]).fetch())
+    return load_engine(config, locate(model).fetch(), beside)
 
 
 def submit(
