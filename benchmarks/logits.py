@@ -35,6 +35,7 @@ from benchmarks import models
 from engine.config import LogprobsMode
 from engine.kernels.native import CHOICES
 from engine.lanes import Lanes
+from engine.load import keep_freed_memory
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.params import SamplingParams
@@ -295,6 +296,7 @@ def table(vocab_size: int, columns: dict[int, dict[str, Timing]]) -> None:
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print what the arguments ask for."""
+    keep_freed_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "kernels": args.kernels}

@@ -65,19 +65,25 @@ def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, T
     return top, blocked(e, 0.0).sum(-1), blocked(moments, 0.0).sum(-1)
 
 
-def summarise(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """ln Σ exp(z / T) and the entropy in nats of softmax(z / T), [R, 1] float64 each.
+def summarise(logits: Tensor, temperature: Tensor) -> Tensor:
+    """ln Σ exp(z / T) and the entropy in nats of softmax(z / T), [2, R, 1] float64.
 
     temperature is [R]. A row needs a finite entry.
     """
     if (library := _kernels(logits)) is not None:
-        total, entropy = library.summarise(logits, temperature.contiguous())
-        return total.unsqueeze(1), entropy.unsqueeze(1)
+        return library.summarise(logits, temperature.contiguous())
     top, mass, moment = block_masses(logits, temperature)
     total = mass.double().sum(1)
     scaled = (top / temperature).double()
     entropy = total.log() - moment.double().sum(1) / total / temperature
-    return (total.log() + scaled).unsqueeze(1), entropy.unsqueeze(1)
+    return torch.stack((total.log() + scaled, entropy)).unsqueeze(2)
+
+
+def rank(logits: Tensor, width: int, temperature: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """`best` and `summarise`, in one pass over the rows if possible."""
+    if (library := _kernels(logits)) is None:
+        return best(logits, width), summarise(logits, temperature)
+    return library.rank(logits, min(width, logits.shape[1]), temperature.contiguous())
 
 
 def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,15 +134,19 @@ def cut_(logits: Tensor, temperature: Tensor, floor: Tensor) -> None:
         logits.masked_fill_(below, NEG_INF)
 
 
-def best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def best(logits: Tensor, width: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `width` largest entries of each row and their ids: descending, equal ones by lowest id.
+
+    With an index [R] int64 those of some of the rows.
 
     `torch.topk` promises nothing about equal entries, so the order among them is mended, and a
     row with equals across the border is sorted whole.
     """
     width = min(width, logits.shape[1])
     if (library := _kernels(logits)) is not None:
-        return library.select(logits, width)
+        return library.select(logits, width, index)
+    if index is not None:
+        logits = logits[index]
     if width == logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True)
     values, ids = logits.topk(width + 1)

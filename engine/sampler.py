@@ -155,7 +155,7 @@ class Sampler:
 
     def _draw(self, parts: list[Filtered], count: int) -> Tensor:
         """A token of each row, [R] int64."""
-        tokens = torch.zeros(count, dtype=torch.int64, device=parts[0].candidates.raw.device)
+        tokens = torch.zeros(count, dtype=torch.int64, device=self.lanes.device)
         for part in parts:
             drawn = draw(part.candidates, self.lanes.seeds[part.rows.lanes], part.rows.positions)
             tokens[slice(None) if part.subset is None else part.subset] = drawn

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -156,8 +157,8 @@ extern "C" void logitmill_measure(int64_t isa, const Rows* rows, const float* fa
 
 // ln Σ exp(z / temperature) of each row, and the entropy in nats.
 extern "C" void logitmill_summarise(int64_t isa, const Rows* rows, const float* temperature,
-                                    double* total, double* entropy) {
-    WIDE(summarise_rows, *rows, temperature, total, entropy);
+                                    double* summary) {
+    WIDE(summarise_rows, *rows, temperature, summary);
 }
 
 // The standard deviation of each row's finite entries.
@@ -183,8 +184,10 @@ extern "C" void logitmill_hash(int64_t isa, const int64_t* seeds, const int64_t*
 }
 
 // The k largest entries of each row, k <= V: largest first, equal ones by lowest id. No NaN.
-extern "C" void logitmill_select(int64_t isa, const Rows* rows, int64_t k, float* values, int64_t* ids) {
-    WIDE(select_rows, *rows, k, values, ids);
+// If `temperature` is not null, also what `logitmill_summarise` finds.
+extern "C" void logitmill_select(int64_t isa, const Rows* rows, int64_t k, const float* temperature,
+                                 float* values, int64_t* ids, double* summary) {
+    WIDE(select_rows, *rows, k, temperature, values, ids, summary);
 }
 
 // Codes [N, K], a byte each, to panels; N is a multiple of 16. With 4 bits, d and m [N, K / 32] are

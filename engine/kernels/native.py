@@ -111,6 +111,7 @@ class CacheTensor(Structure):
 class Rows(Structure):
     _fields_ = (
         ("logits", c_void_p),
+        ("index", c_void_p),
         ("count", c_int64),
         ("vocab", c_int64),
         ("stride", c_int64),
@@ -229,16 +230,16 @@ class Library:
         )
         return top, mass, moment
 
-    def summarise(self, logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        """ln Σ exp(z / T) of each row and the entropy of softmax(z / T), [R] float64 each.
+    def summarise(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """ln Σ exp(z / T) of each row and the entropy of softmax(z / T), [2, R, 1] float64.
 
         temperature is [R] float32, contiguous.
         """
-        total, entropy = torch.empty(2, len(logits), dtype=torch.float64)
+        summary = torch.empty(2, len(logits), 1, dtype=torch.float64)
         self._dll.logitmill_summarise(
-            self._isa, _rows(logits), _address(temperature), _address(total), _address(entropy)
+            self._isa, _rows(logits), _address(temperature), _address(summary)
         )
-        return total, entropy
+        return summary
 
     def deviation(self, logits: Tensor) -> Tensor:
         """The population standard deviation of each row's finite entries, [R]."""
@@ -273,14 +274,39 @@ class Library:
         )
         return out
 
-    def select(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest entries of each row and their ids, [R, k]; equal ones by lowest id."""
-        values = torch.empty(len(logits), k)
-        ids = torch.empty(len(logits), k, dtype=torch.int64)
+    def select(self, logits: Tensor, k: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest entries of each row and their ids, [R, k]; equal ones by lowest id.
+
+        With an index [R] int64 those of some of the rows.
+        """
+        values, ids = _best_of(logits if index is None else index, k)
         self._dll.logitmill_select(
-            self._isa, _rows(logits), c_int64(k), _address(values), _address(ids)
+            self._isa,
+            _rows(logits, index),
+            c_int64(k),
+            None,
+            _address(values),
+            _address(ids),
+            None,
         )
         return values, ids
+
+    def rank(
+        self, logits: Tensor, k: int, temperature: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """`select` and `summarise` in one pass over the rows."""
+        values, ids = _best_of(logits, k)
+        summary = torch.empty(2, len(logits), 1, dtype=torch.float64)
+        self._dll.logitmill_select(
+            self._isa,
+            _rows(logits),
+            c_int64(k),
+            _address(temperature),
+            _address(values),
+            _address(ids),
+            _address(summary),
+        )
+        return (values, ids), summary
 
     def pack(self, codes: int, d: int, m: int, matrix: Matrix) -> None:
         """Fill a matrix's panels from codes; codes, d and m are addresses."""
@@ -300,10 +326,19 @@ def _address(tensor: Tensor) -> c_void_p:
     return c_void_p(tensor.data_ptr())
 
 
-def _rows(logits: Tensor) -> Any:
+def _rows(logits: Tensor, index: Tensor | None = None) -> Any:
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
-    return ctypes.byref(Rows(logits.data_ptr(), logits.shape[0], logits.shape[1], logits.stride(0)))
+    count, vocab = logits.shape
+    at = None
+    if index is not None:
+        assert index.dtype == torch.int64
+        count, at = len(index), _address(index)
+    return ctypes.byref(Rows(logits.data_ptr(), at, count, vocab, logits.stride(0)))
+
+
+def _best_of(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(len(rows), k), torch.empty(len(rows), k, dtype=torch.int64)
 
 
 CHOICES = ("auto", "off", "0", "256", "512")

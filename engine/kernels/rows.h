@@ -28,31 +28,42 @@ INLINE uint32_t bits_of(IntVec mask) {
 #endif
 }
 
+// Calls work(chain, vector) for all of a row, in four chains that need not wait for one another.
+template <class Work>
+INLINE void over(const float* row, int64_t vocab, Work work) {
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= vocab; i += 4 * kLanes) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < 4; ++chain) work(chain, load(row + i + chain * kLanes));
+    }
+    for (; i < vocab; i += kLanes) work(0, load_tail(row, i, vocab, kNegInf));
+}
+
+INLINE float largest(const Vec (&chains)[4]) {
+    return largest(max(max(chains[0], chains[1]), max(chains[2], chains[3])));
+}
+
 // The largest entry of a row, NaN if it holds one, and the lowest id that has it.
 INLINE void scan(const float* row, int64_t vocab, float* top, int64_t* id) {
-    Vec best = splat(kNegInf);
-    IntVec nans = {};
-    for (int64_t i = 0; i < vocab; i += kLanes) {
-        const Vec v = load_tail(row, i, vocab, kNegInf);
-        best = max(best, v);
-        nans |= v != v;
-    }
-    *top = bits_of(nans) ? NAN : largest(best);
+    Vec best[4] = {splat(kNegInf), splat(kNegInf), splat(kNegInf), splat(kNegInf)};
+    IntVec nans[4] = {};
+    over(row, vocab, [&](int chain, Vec v) INLINE_LAMBDA {
+        best[chain] = max(best[chain], v);
+        nans[chain] |= v != v;
+    });
+    *top = bits_of(nans[0] | nans[1] | nans[2] | nans[3]) ? NAN : largest(best);
     *id = 0;
     for (int64_t i = 0; i < vocab; i += kLanes) {
-        const IntVec same = load_tail(row, i, vocab, NAN) == *top;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            if (same[lane]) {
-                *id = i + lane;
-                return;
-            }
+        if (const uint32_t same = bits_of(load_tail(row, i, vocab, NAN) == *top)) {
+            *id = i + __builtin_ctz(same);
+            return;
         }
     }
 }
 
 INLINE float maximum(const float* row, int64_t vocab) {
-    Vec best = splat(kNegInf);
-    for (int64_t i = 0; i < vocab; i += kLanes) best = max(best, load_tail(row, i, vocab, kNegInf));
+    Vec best[4] = {splat(kNegInf), splat(kNegInf), splat(kNegInf), splat(kNegInf)};
+    over(row, vocab, [&](int chain, Vec v) INLINE_LAMBDA { best[chain] = max(best[chain], v); });
     return largest(best);
 }
 
@@ -63,14 +74,15 @@ struct Masses {
 };
 
 INLINE Masses measure(const float* row, int64_t vocab, int64_t block, float factor, float top) {
-    Vec total = splat(0), weighted = splat(0);
-    for (int64_t i = block * kBlock; i < smaller((block + 1) * kBlock, vocab); i += kLanes) {
-        const Vec z = load_tail(row, i, vocab, kNegInf) - top;
-        const Vec e = exp_negative(z * factor);
-        total += e;
-        weighted += e > 0.0f ? e * z : splat(0);
-    }
-    return {sum(total), sum(weighted)};
+    Vec total[4] = {}, weighted[4] = {};
+    const int64_t first = block * kBlock;
+    over(row + first, smaller(kBlock, vocab - first), [&](int chain, Vec v) INLINE_LAMBDA {
+        const Vec z = v - top, e = exp_negative(z * factor);
+        total[chain] += e;
+        weighted[chain] += e * max(z, splat(-FLT_MAX));  // 0 · -inf is no number
+    });
+    return {sum((total[0] + total[1]) + (total[2] + total[3])),
+            sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]))};
 }
 
 // The standard deviation of a row's finite entries, the population's.
@@ -151,14 +163,24 @@ INLINE int64_t collect(const float* row, int64_t vocab, int64_t k, uint64_t* key
         store(maxima + num_maxima, top);
     }
     const float bound = k <= num_maxima ? bound_of(maxima, num_maxima, k) : kNegInf;
-    int64_t count = 0;
-    for (int64_t i = 0; i < vocab; i += kLanes) {
-        const Vec v = load_tail(row, i, vocab, NAN);
+    int64_t count = 0, i = 0;
+    auto take = [&](Vec v) INLINE_LAMBDA {
         for (uint32_t left = bits_of(v >= bound); left; left &= left - 1) {
             const int64_t id = i + __builtin_ctz(left);
             keys[count++] = (uint64_t)descending(row[id]) << 32 | (uint32_t)id;
         }
+        i += kLanes;
+    };
+    while (i + 4 * kLanes <= vocab) {
+        const float* at = row + i;
+        const Vec v[4] = {load(at), load(at + kLanes), load(at + 2 * kLanes), load(at + 3 * kLanes)};
+        if (!bits_of(max(max(v[0], v[1]), max(v[2], v[3])) >= bound)) {
+            i += 4 * kLanes;
+        } else {
+            for (Vec its : v) take(its);
+        }
     }
+    while (i < vocab) take(load_tail(row, i, vocab, NAN));
     return count;
 }
 
@@ -180,19 +202,22 @@ void measure_rows(const Rows& rows, const float* factor, float* top, float* mass
     }
 }
 
-void summarise_rows(const Rows& rows, const float* temperature, double* total, double* entropy) {
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t r = 0; r < rows.count; ++r) {
-        const float top = maximum(rows.at(r), rows.vocab), factor = 1.0f / temperature[r];
-        double mass = 0, moment = 0;
-        for (int64_t b = 0; b < count_blocks(rows.vocab); ++b) {
-            const Masses its = measure(rows.at(r), rows.vocab, b, factor, top);
-            mass += its.mass;
-            moment += its.moment;
-        }
-        total[r] = std::log(mass) + top / temperature[r];
-        entropy[r] = std::log(mass) - moment / mass / temperature[r];
+// ln Σ exp(z / temperature) of row r, whose largest entry is `top`, and its entropy: summary [2, R].
+INLINE void summarise(const Rows& rows, int64_t r, float top, float temperature, double* summary) {
+    double mass = 0, moment = 0;
+    for (int64_t b = 0; b < count_blocks(rows.vocab); ++b) {
+        const Masses its = measure(rows.at(r), rows.vocab, b, 1.0f / temperature, top);
+        mass += its.mass;
+        moment += its.moment;
     }
+    summary[r] = std::log(mass) + top / temperature;
+    summary[rows.count + r] = std::log(mass) - moment / mass / temperature;
+}
+
+void summarise_rows(const Rows& rows, const float* temperature, double* summary) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r)
+        summarise(rows, r, maximum(rows.at(r), rows.vocab), temperature[r], summary);
 }
 
 void deviation_rows(const Rows& rows, float* out) {
@@ -242,7 +267,9 @@ void hash_keys(const int64_t* seeds, const int64_t* positions, const int64_t* id
     }
 }
 
-void select_rows(const Rows& rows, int64_t k, float* values, int64_t* ids) {
+// With a temperature also `summarise`, while the row is at hand.
+void select_rows(const Rows& rows, int64_t k, const float* temperature, float* values, int64_t* ids,
+                 double* summary) {
 #pragma omp parallel
     {
         const int64_t room = rows.vocab + kBlock;
@@ -259,6 +286,7 @@ void select_rows(const Rows& rows, int64_t k, float* values, int64_t* ids) {
                 ids[r * k + i] = id;
                 values[r * k + i] = row[id];
             }
+            if (temperature) summarise(rows, r, values[r * k], temperature[r], summary);
         }
         std::free(keys);
     }

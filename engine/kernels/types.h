@@ -70,9 +70,10 @@ struct BlockCopy {
 
 struct Rows {  // of logits, `stride` elements apart
     const float* logits;
+    const int64_t* index;  // which of them, [count]; null: all
     int64_t count, vocab, stride;
 
-    const float* at(int64_t row) const { return logits + row * stride; }
+    const float* at(int64_t row) const { return logits + (index ? index[row] : row) * stride; }
 };
 
 // Put the k smallest of n keys in order, in one of two buffers of n; returns which. Keys that agree

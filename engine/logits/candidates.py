@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, summarise
+from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, rank, summarise
 
 WIDTH = 256
 WIDER = 8  # times as many, where those were not enough
@@ -25,35 +25,51 @@ class Candidates:
     The distribution is that of everything not dropped yet, the tail included.
     """
 
-    def __init__(self, raw: Tensor, width: int | None = None) -> None:
-        """`raw` [R, V] float32 is not written to; every row needs a finite entry."""
-        self.raw = raw  # without what was dropped, in rows whose tails stay
-        self._given = raw
-        self.width = min(WIDTH if width is None else width, raw.shape[1])
-        rows, nowhere = (len(raw),), torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
-        self.temperature = torch.ones(rows, device=raw.device)
-        self.tail = torch.full(rows, self.width < raw.shape[1], device=raw.device)
-        self.unsure = nowhere.clone()
+    def __init__(self, logits: Tensor, width: int = WIDTH, index: Tensor | None = None) -> None:
+        """logits [R, V] float32, not written to; with an `index` [r] those rows of them.
+
+        Every row needs a finite entry.
+        """
+        self._source, self._index = logits, index
+        self.vocab_size = logits.shape[1]
+        self.width = min(width, self.vocab_size)
+        count, device = len(logits if index is None else index), logits.device
+        self.temperature = torch.ones(count, device=device)
+        self.tail = torch.full((count,), self.width < self.vocab_size, device=device)
+        self.unsure = torch.zeros(count, dtype=torch.bool, device=device)
         self.num_draws: Tensor | None = None  # [R]: the likeliest of so many draws is taken
         self.redrawn: Tensor | None = None  # [R] bool: the second draw counts, without the first
-        self.whole = ~nowhere  # [R] bool: nothing dropped that is in `raw`
+        self.whole = ~self.unsure  # [R] bool: nothing dropped that is in `raw`
         self._logits: Tensor | None = None
         self._cold: Tensor | None = None  # [R] bool: where a temperature near 0 was asked for
-        self._cut = nowhere  # [R] bool: not as given
+        self._cut: Tensor | None = None  # [R] bool: not as given
         # `_summary` of whole rows, and the temperature for which it was computed.
-        self._everything = torch.zeros(2, len(raw), 1, dtype=torch.float64, device=raw.device)
-        self._known_at = torch.zeros(rows, device=raw.device)
+        self._everything: Tensor | None = None
+        self._known_at = self.temperature
 
     def wider(self, rows: Tensor) -> "Candidates":
         """Some rows [r] as they were at first, with more candidates."""
-        other = Candidates(self._given[rows], self.width * WIDER)
-        other._everything = self._everything[:, rows]
-        other._known_at = torch.where(self._cut[rows], 0.0, self._known_at[rows])
+        index = rows if self._index is None else self._index[rows]
+        other = Candidates(self._source, self.width * WIDER, index)
+        if self._everything is not None:
+            other._everything, other._known_at = self._everything[:, rows], self._known_at[rows]
+            if self._cut is not None:
+                other._known_at = other._known_at.masked_fill(self._cut[rows], 0.0)
         return other
+
+    @property
+    def _given(self) -> Tensor:
+        """The rows as they came, [R, V]."""
+        return self._source if self._index is None else self._source[self._index]
+
+    @cached_property
+    def raw(self) -> Tensor:
+        """Without what was dropped, in rows whose tails stay: [R, V]."""
+        return self._given
 
     @cached_property
     def _best(self) -> tuple[Tensor, Tensor]:
-        return best(self.raw, self.width)
+        return best(self._source, self.width, self._index)
 
     @property
     def ranked(self) -> bool:
@@ -105,7 +121,12 @@ class Candidates:
 
         Rounded to float32 only here: sums that are exactly a limit must compare equal to it.
         """
-        return (self.logits.double() - self.total).exp_().float()
+        if "_best" not in self.__dict__ and self._index is None:
+            # Both at once, while a row is at hand.
+            self._best, self._everything = rank(self._source, self.width, self.temperature)
+            self._known_at = self.temperature
+        total = self.total  # of all rows as they are, if asked before anything is ranked
+        return (self.logits.double() - total).exp_().float()
 
     def probs_of(self, tokens: Tensor) -> Tensor:
         """Of one token of each row, [R] int64; 0 where it was dropped: [R, 1] float32."""
@@ -132,7 +153,7 @@ class Candidates:
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor]:
         total, entropy = self._by_row(
-            lambda: torch.stack(summarise(self.logits, torch.ones_like(self.temperature))),
+            lambda: summarise(self.logits, torch.ones_like(self.temperature)),
             self._of_everything,
         )
         return total, entropy
@@ -142,22 +163,29 @@ class Candidates:
         if not self.ranked:
             return whole()
         # Asking a GPU would mean waiting for it.
-        if self.raw.is_cpu:
+        if self.temperature.is_cpu:
             count = int(self.whole.sum())
-            if count in (0, len(self.raw)):
+            if count in (0, len(self.temperature)):
                 return whole() if count else own()
         return torch.where(self.whole.unsqueeze(1), whole(), own())
 
     def _of_everything(self) -> Tensor:
         """`_summary` of whole rows, computed once for a temperature; of others, anything."""
+        if self._everything is None:
+            self._everything, self._known_at = (
+                summarise(self.raw, self.temperature),
+                self.temperature,
+            )
+        if self._known_at is self.temperature:
+            return self._everything
         its = (self._known_at != self.temperature) & self.whole
         # Asking a GPU would mean waiting for it.
-        needed = its.nonzero().squeeze(1) if self.raw.is_cpu else None
-        if needed is None or len(needed) == len(self.raw):
-            self._everything = torch.stack(summarise(self.raw, self.temperature))
+        needed = its.nonzero().squeeze(1) if self.temperature.is_cpu else None
+        if needed is None or len(needed) == len(self.temperature):
+            self._everything = summarise(self.raw, self.temperature)
         elif len(needed):
             new = summarise(self.raw[needed], self.temperature[needed])
-            self._everything = self._everything.index_copy(1, needed, torch.stack(new))
+            self._everything = self._everything.index_copy(1, needed, new)
         self._known_at = torch.where(its, self.temperature, self._known_at)
         return self._everything
 
@@ -190,11 +218,12 @@ class Candidates:
 
         `inside` [R, 1]: the mask was decided without the tail, nothing of which is to be kept.
         """
-        active = active.squeeze(1)
-        self.unsure |= active & self.tail & ~inside.squeeze(1)
-        self.tail &= ~active
-        self.whole &= ~active
-        self._drop(~mask & active.unsqueeze(1))
+        inactive = ~active
+        self.unsure |= (active > inside).squeeze(1) & self.tail
+        self._leave(mask | inactive)
+        inactive = inactive.squeeze(1)
+        self.tail &= inactive
+        self.whole &= inactive
 
     def keep_above(self, floor: Tensor, active: Tensor) -> None:
         """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
@@ -213,7 +242,7 @@ class Candidates:
         self.unsure |= self.tail & ~sure.squeeze(1)
         touched = mask.any(1)
         where = touched & self.tail
-        self._drop(mask)
+        self._leave(~mask)
         self.whole &= ~touched | self.tail
         if self._changes_raw(where):
             gone = self.tail.unsqueeze(1) & ~self.alive
@@ -225,17 +254,17 @@ class Candidates:
         Returns whether there are any.
         """
         # Asking a GPU would mean waiting for it.
-        if self.raw.is_cpu and not bool(where.any()):
+        if self.temperature.is_cpu and not bool(where.any()):
             return False
-        if self.raw is self._given:
+        if self.raw is self._source:
             self.raw = self.raw.clone()
-        self._cut = self._cut | where
+        self._cut = where if self._cut is None else self._cut | where
         self._known_at = self._known_at.masked_fill(where, 0.0)
         self._forget()
         return True
 
-    def _drop(self, mask: Tensor) -> None:
-        self._logits = self.logits.masked_fill(mask, NEG_INF)
+    def _leave(self, mask: Tensor) -> None:
+        self._logits = torch.where(mask, self.logits, NEG_INF)
         self._forget()
 
     def draw_often(self, count: Tensor, again: Tensor) -> None:

@@ -43,6 +43,7 @@ class Dry(Transform):
         self.long_breakers = lanes.ragged(torch.int64, pad=ANY)  # of several tokens
         self._breakers: Tensor | None = None  # [L, V] bool: those of one token
         self._matches: Tensor | None = None  # [L, C] int32
+        self._longest: Tensor | None = None  # [L, V] int32: a place to work in
         self._covered = np.full(lanes.num_lanes, _UNKNOWN)
         lanes.on_fork(self._fork)
 
@@ -64,8 +65,8 @@ class Dry(Transform):
         return wanted
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        if self._matches is None or self._breakers is None:  # no lane has ever wanted this
-            return logits
+        if self._matches is None or self._breakers is None or self._longest is None:
+            return logits  # no lane has ever wanted this
         self._catch_up(rows)
         ids = self.lanes.tokens[rows.lanes, : rows.max_len].long()
         lengths = (rows.positions + 1).unsqueeze(1)
@@ -73,12 +74,15 @@ class Dry(Transform):
         last_n = self.last_n.at(rows)
         begin = torch.where(last_n < 0, 0, lengths - last_n).clamp(min=0)
         # A match that ends at i - 1 makes token i a candidate, and reaches back to `begin` at most.
-        match = torch.zeros_like(ids)
+        match = torch.zeros_like(ids, dtype=torch.int32)
         match[:, 1:] = self._matches[rows.lanes, : rows.max_len - 1].minimum(index[1:] - begin)
         match.masked_fill_((index >= lengths) | (index <= begin), 0)
-        longest = _largest_of_equals(ids, match, logits.shape[1])
+        # Of all places that hold the same token; only their entries of the table are touched.
+        table = self._longest[: len(rows)].scatter_(1, ids, 0)
+        longest = table.scatter_reduce_(1, ids, match, "amax").gather(1, ids)
         extends = (longest >= self.allowed.at(rows)) & (self.multiplier.at(rows) > 0.0)
-        extends &= ~self._breakers[rows.lanes.unsqueeze(1), ids]
+        in_table = (rows.lanes * self._breakers.shape[1]).unsqueeze(1) + ids
+        extends &= ~self._breakers.view(-1).index_select(0, in_table.view(-1)).view_as(ids)
         base = self.base.at(rows)
         exponent = (longest - self.allowed.at(rows)).float()
         # A power beyond float32 would be infinite; a base of 1 has none.
@@ -156,16 +160,10 @@ class Dry(Transform):
         size, device = self.lanes.num_lanes, self.lanes.device
         self._breakers = torch.zeros(size, vocab_size, dtype=torch.bool, device=device)
         self._matches = torch.zeros_like(self.lanes.tokens)
+        self._longest = torch.zeros(size, vocab_size, dtype=torch.int32, device=device)
 
     def _fork(self, parents: list[int], children: list[int]) -> None:
         self._covered[children] = self._covered[parents]
         if self._matches is not None and self._breakers is not None:
             self._matches[children] = self._matches[parents]
             self._breakers[children] = self._breakers[parents]
-
-
-def _largest_of_equals(ids: Tensor, values: Tensor, vocab_size: int) -> Tensor:
-    """For each entry [R, C], the largest of the values at entries of the same id."""
-    table = torch.empty(len(ids), vocab_size, dtype=values.dtype, device=ids.device)
-    table.scatter_(1, ids, 0)
-    return table.scatter_reduce_(1, ids, values, "amax").gather(1, ids)

@@ -17,7 +17,7 @@ from engine.logits.history import History
 from engine.logits.min_p import keep_min_p
 from engine.logits.stage import Filter
 from engine.logits.top_k import keep_top_k
-from engine.logits.top_p import keep_top_p
+from engine.logits.top_p import below, keep_top_p
 from engine.params import EntropixParams
 from engine.types import Request, Rows
 
@@ -79,7 +79,7 @@ class Entropix(Filter):
         shaped = active & ~sure
         keep_min_p(candidates, settings.min_p, active=shaped)
         keep_top_k(candidates, settings.top_k.long(), active=shaped)
-        keep_top_p(candidates, settings.top_p, active=shaped)
+        keep_top_p(candidates, below(settings.top_p), active=shaped)
         candidates.keep(candidates.alive.cumsum(1) <= 1, active=sure, inside=everywhere)
         candidates.draw_often(torch.where(other, _TRIES, 1), again=wild & late)
         candidates.force(asks, self.clarify.at(rows))

@@ -71,7 +71,7 @@ def _allowed(candidates: Candidates, mu: Tensor) -> Tensor:
     drops = torch.where(used, (probs[:, :-1] / probs[:, 1:]).log(), 0.0)
     slope = (steps * drops).sum(1, keepdim=True) / (steps * steps).sum(1, keepdim=True)
     epsilon = slope - 1.0
-    count = candidates.raw.shape[1]
+    count = candidates.vocab_size
     # Where the exponent is 1, the sum that the formula approximates is a logarithm.
     usual = epsilon * mu.exp2() / (1.0 - float(count) ** -epsilon)
     limit = torch.where(epsilon.abs() < 1e-9, mu.exp2() / math.log(count), usual)

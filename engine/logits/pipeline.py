@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import torch
@@ -40,9 +42,11 @@ class Pipeline:
         orders: Mapping[str, Sequence[type[Stage]]] | None = None,
     ) -> None:
         self.stages = [stage(lanes) for stage in stages]
-        self.wanted = np.zeros((len(stages), lanes.num_lanes), dtype=bool)
+        self.wanted = [0] * lanes.num_lanes  # by each lane: bit i is set for stage i
         self.transforms = [i for i, stage in enumerate(self.stages) if isinstance(stage, Transform)]
+        self._any_transform = sum(1 << index for index in self.transforms)
         filters = [i for i, stage in enumerate(self.stages) if isinstance(stage, Filter)]
+        self.observers = [index for index in filters if _observes(stages[index])]
         self.orders = [filters]
         self._order_names: list[str | None] = [None]
         for name, order in (orders or {}).items():
@@ -52,15 +56,17 @@ class Pipeline:
 
     def admit(self, lane: int, request: Request) -> None:
         """Give every stage the lane's parameters."""
+        self.wanted[lane] = 0
         for index, stage in enumerate(self.stages):
             wanted = stage.admit(lane, request)
             skipped = isinstance(stage, Filter) and request.params.greedy
-            self.wanted[index, lane] = wanted and not skipped
+            self.wanted[lane] |= (wanted and not skipped) << index
         name = request.params.sampler_order
         self._order_of[lane] = self._order_names.index(name) if name in self._order_names else 0
 
     def fork(self, parents: list[int], children: list[int]) -> None:
-        self.wanted[:, children] = self.wanted[:, parents]
+        for parent, child in zip(parents, children, strict=True):
+            self.wanted[child] = self.wanted[parent]
         self._order_of[children] = self._order_of[parents]
 
     def transform(self, logits: Tensor, rows: Rows) -> Tensor:
@@ -68,8 +74,8 @@ class Pipeline:
 
         A row that comes out all -inf has no valid token.
         """
-        wanted = self.wanted[np.ix_(self.transforms, rows.host_lanes)]
-        subset: list[int] = np.flatnonzero(wanted.any(axis=0)).tolist()
+        wanted = [self.wanted[lane] & self._any_transform for lane in rows.host_lanes]
+        subset = [row for row, stages in enumerate(wanted) if stages]
         if not subset:
             return logits
         stages = self._wanted_of(self.transforms, rows)
@@ -107,23 +113,20 @@ class Pipeline:
 
     def stages_of(self, lane: int) -> tuple[list[Stage], list[Stage]]:
         """The transforms and the filters that a lane wants, in its order."""
-        wanted = set(np.flatnonzero(self.wanted[:, lane]).tolist())
-        order = self.orders[self._order_of[lane]]
-        transforms, filters = (
-            [self.stages[index] for index in indices if index in wanted]
-            for indices in (self.transforms, order)
-        )
-        return transforms, filters
+        wanted, order = self.wanted[lane], self.orders[self._order_of[lane]]
+        return self._some(self.transforms, wanted), self._some(order, wanted)
 
     def observe(self, part: Filtered, tokens: Tensor) -> None:
         """Tell the filters that want to know which tokens [R] were drawn."""
-        for stage in self._wanted_of(self.orders[0], part.rows):
+        for stage in self._wanted_of(self.observers, part.rows):
             assert isinstance(stage, Filter)
             stage.observe(part.candidates, part.rows, tokens)
 
     def _wanted_of(self, order: Sequence[int], rows: Rows) -> list[Stage]:
-        wanted = set(np.flatnonzero(self.wanted[:, rows.host_lanes].any(axis=1)).tolist())
-        return [self.stages[index] for index in order if index in wanted]
+        return self._some(order, reduce(or_, (self.wanted[lane] for lane in rows.host_lanes)))
+
+    def _some(self, order: Sequence[int], wanted: int) -> list[Stage]:
+        return [self.stages[index] for index in order if wanted >> index & 1]
 
 
 def run_transforms(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> Tensor:
@@ -158,13 +161,17 @@ def run_filters(
     while True:
         _run(stages, candidates, rows)
         parts.append(Filtered(subset, rows, candidates))
-        unsure: list[int] = candidates.unsure.nonzero().flatten().tolist()
+        unsure = [row for row, is_it in enumerate(candidates.unsure.tolist()) if is_it]
         if not unsure:
             return parts
         subset = unsure if subset is None else [subset[row] for row in unsure]
         index = torch.tensor(unsure, device=logits.device)
         candidates, rows = candidates.wider(index), rows.select(unsure, index)
         stages = stages if wanted is None else wanted(rows)
+
+
+def _observes(stage: type[Stage]) -> bool:
+    return issubclass(stage, Filter) and stage.observe is not Filter.observe
 
 
 def dense(parts: Sequence[Filtered], like: Tensor) -> Tensor:

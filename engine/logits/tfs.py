@@ -27,40 +27,42 @@ class TailFree(Filter):
         return request.params.tfs < 1.0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
-        if candidates.raw.shape[1] < 3:
+        if candidates.vocab_size < 3:
             return
-        tfs = self.tfs.at(rows)
-        if candidates.width < 3:  # too few to see anything bend
-            nothing = torch.zeros_like(tfs, dtype=torch.bool)
-            candidates.keep(candidates.alive, active=tfs < 1.0, inside=nothing)
+        tfs, width = self.tfs.at(rows), candidates.width
+        active = tfs < 1.0
+        if width < 3:  # too few to see anything bend
+            candidates.keep(candidates.alive, active, inside=torch.zeros_like(active))
             return
-        alive, probs = candidates.alive, candidates.probs
+        probs, alive = candidates.probs, candidates.alive
+        rank = torch.arange(width, device=probs.device)
         count = alive.sum(1, keepdim=True)
         # Asking a GPU would mean waiting for it.
-        holes = not alive.is_cpu or bool((alive[:, 1:] > alive[:, :-1]).any())
-        if holes:  # what was dropped goes to the end
+        some_dropped = not alive.is_cpu or bool((count < width).any())
+        if some_dropped:  # they go to the end
             place = torch.where(alive, alive.cumsum(1), count + (~alive).cumsum(1)) - 1
             probs = torch.zeros_like(probs).scatter_(1, place, probs)
-        rank = torch.arange(candidates.width, device=probs.device)
         bends = probs.diff(dim=1).diff(dim=1).abs()
-        passed = torch.where(rank[:-2] + 2 < count, bends, 0.0).double().cumsum(1)
+        if some_dropped:
+            bends = torch.where(rank[2:] < count, bends, 0.0)
+        passed = bends.cumsum(1, dtype=torch.float64)
         total = passed[:, -1:]
         # The first differences fall to nothing from the last two candidates on; the second ones,
         # their changes, add no more than twice their sum.
         has_tail = candidates.tail.unsqueeze(1)
-        added = probs[:, -2:].double().sum(1, keepdim=True)
-        most = total + torch.where(has_tail, added, 0.0)
-        keep = _before(passed, total, tfs)
-        inside = (keep == _before(passed, most, tfs)).all(1, keepdim=True) & ~keep[:, -1:]
-        keep &= has_tail | (rank < count - 1)
-        keep[:, 0] = True
+        most = total + torch.where(
+            has_tail, probs[:, -2:].sum(1, keepdim=True, dtype=torch.float64), 0.0
+        )
+        last = _last(passed, total, tfs)
+        inside = (last == _last(passed, most, tfs)) & (last < width - 2)
+        last = torch.where(has_tail, last, last.minimum(count - 2))
+        keep = rank <= last
+        if some_dropped:
+            keep = keep.gather(1, place)
         curved = (count >= 3) & (total > 0.0)
-        keep = keep.gather(1, place) if holes else keep
-        candidates.keep(keep, active=(tfs < 1.0) & (curved | has_tail), inside=inside & curved)
+        candidates.keep(keep, active & (curved | has_tail), inside & curved)
 
 
-def _before(passed: Tensor, total: Tensor, tfs: Tensor) -> Tensor:
-    """Which ranks stay, [R, K]: rank r + 1 and all behind it go where `passed` at r is too much."""
-    stay = (passed / total).float() <= tfs
-    # Rank 0 stays; the last rank goes with the one before it.
-    return torch.cat((torch.ones_like(stay[:, :1]), stay, stay[:, -1:]), dim=1)
+def _last(passed: Tensor, total: Tensor, tfs: Tensor) -> Tensor:
+    """The last rank that stays, [R, 1]: rank r + 1 stays if `passed` at r is not too much."""
+    return ((passed / total).float() <= tfs).sum(1, keepdim=True)

@@ -20,29 +20,26 @@ class TopP(Filter):
     fields = ("top_p", "top_p_rule")
 
     def __init__(self, lanes: Lanes) -> None:
-        self.top_p = lanes.column(torch.float32, neutral=1.0)
-        self.inclusive = lanes.column(torch.bool, neutral=False)
+        self.limit = lanes.column(torch.float32, neutral=1.0)
 
     def admit(self, lane: int, request: Request) -> bool:
-        self.top_p[lane] = request.params.top_p
-        self.inclusive[lane] = request.params.top_p_rule == "inclusive"
-        return request.params.top_p < 1.0
+        top_p, wanted = request.params.top_p, request.params.top_p < 1.0
+        strict = wanted and request.params.top_p_rule == "strict"
+        self.limit[lane] = float(below(torch.tensor(top_p))) if strict else top_p
+        return wanted
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
-        top_p = self.top_p.at(rows)
-        keep_top_p(candidates, top_p, top_p < 1.0, self.inclusive.at(rows))
+        limit = self.limit.at(rows)
+        keep_top_p(candidates, limit, active=limit < 1.0)
 
 
-def keep_top_p(
-    candidates: Candidates, top_p: Tensor, active: Tensor, inclusive: Tensor | None = None
-) -> None:
-    """Keep the fewest likeliest tokens of mass `top_p` [R, 1]."""
-    if inclusive is None:
-        inclusive = torch.zeros_like(active)
+def below(top_p: Tensor) -> Tensor:
+    """The largest mass that is less, but not less than 0: float32."""
+    return top_p.nextafter(torch.zeros_like(top_p)).clamp(min=0.0)
+
+
+def keep_top_p(candidates: Candidates, limit: Tensor, active: Tensor) -> None:
+    """Keep the tokens above which no more than a mass of `limit` [R, 1] is ranked."""
     mass = candidates.probs.cumsum(1)
-    above = F.pad(mass[:, :-1], (1, 0))
-    keep = (above < top_p) | (inclusive & (above <= top_p))
-    keep |= candidates.alive.cumsum(1) <= 1
-    mass = mass[:, -1:]
-    inside = (mass > top_p) | (~inclusive & (mass >= top_p))
-    candidates.keep(keep, active=active, inside=inside)
+    keep = F.pad(mass[:, :-1], (1, 0)) <= limit
+    candidates.keep(keep, active=active, inside=mass[:, -1:] > limit)

@@ -1,7 +1,7 @@
 """Locally typical sampling: Meister et al., 2022, arXiv:2202.00666."""
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
@@ -27,19 +27,41 @@ class TypicalP(Filter):
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         typical_p = self.typical_p.at(rows)
-        total, entropy = candidates.total.float(), candidates.entropy.float()
-        # Of equals `best` takes the first, so sorting by id first makes it the one of lowest id.
-        _, by_id = best(-candidates.ids.float(), candidates.width)
-        distance = (candidates.logits - total + entropy).abs().gather(1, by_id)
-        nearness, order = best(-distance, candidates.width)
-        order = by_id.gather(1, order)
-        mass = candidates.probs.gather(1, order).cumsum(1)
-        keep = F.pad(mass[:, :-1], (1, 0)) < typical_p
-        keep[:, 0] = True
+        probs, total, entropy = (
+            candidates.probs,
+            candidates.total.float(),
+            candidates.entropy.float(),
+        )
+        distance = (candidates.logits - total + entropy).abs()
+        _, kept, nearness, mass = _nearest(distance, probs, typical_p)
+        farthest = -nearness.gather(1, kept - 1)
+        keep = distance <= farthest
+        tied = keep.sum(1, keepdim=True) != kept
+        # Asking a GPU would mean waiting for it.
+        if not tied.is_cpu or bool(tied.any()):
+            by_id = candidates.ids.argsort(1)
+            order, kept, _, _ = _nearest(
+                distance.gather(1, by_id), probs.gather(1, by_id), typical_p
+            )
+            first = torch.arange(candidates.width, device=kept.device) < kept
+            its = torch.zeros_like(keep).scatter_(1, by_id.gather(1, order), first)
+            keep = torch.where(tied, its, keep)
         # The tail is at least as surprising as its bound. It is farther off than all that is kept
         # if that bound is, on the far side of the entropy.
         bound = total - candidates.least - entropy
-        farthest = (-nearness).masked_fill(~keep, 0.0).amax(1, keepdim=True)
-        inside = (mass[:, -1:] >= typical_p) & (bound > farthest)
-        keep = torch.zeros_like(keep).scatter_(1, order, keep)
+        inside = (mass >= typical_p) & (bound > farthest)
         candidates.keep(keep, active=typical_p < 1.0, inside=inside)
+
+
+def _nearest(
+    distance: Tensor, probs: Tensor, typical_p: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Candidates [R, K] in the order of their distance, equal ones as they came, and how many stay.
+
+    Returns their order and their -distance, [R, K] both, around the number [R, 1]; last the mass of
+    all candidates, [R, 1].
+    """
+    nearness, order = best(-distance, distance.shape[1])
+    mass = probs.gather(1, order).cumsum(1)
+    kept = (mass[:, :-1] < typical_p).sum(1, keepdim=True) + 1
+    return order, kept, nearness, mass[:, -1:]

@@ -18,6 +18,7 @@ from engine.numerics import (
     cut_,
     deviation,
     log_sum_exp,
+    rank,
     scan,
     scanned,
     summarise,
@@ -91,6 +92,18 @@ def test_a_row_alone_gives_the_same_bits_as_in_a_batch(
         for row in range(0, 64, 3):
             assert torch.equal(reduce(logits[row, None])[0], together[row])
         assert torch.equal(reduce(logits[:7]), together[:7])
+
+
+@SIZES
+def test_the_best_of_some_rows_and_all_that_is_to_know_of_rows_in_one_pass(vocab_size: int) -> None:
+    logits, temperature = random_rows(9, vocab_size), torch.linspace(0.5, 2.0, 9)
+    index = torch.tensor([7, 0, 7, 3])
+    for got, want in zip(best(logits, 20, index), best(logits[index], 20), strict=True):
+        assert torch.equal(got, want)
+    found, summary = rank(logits, 20, temperature)
+    for got, want in zip(found, best(logits, 20), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(summary, summarise(logits, temperature))
 
 
 def test_worked_numbers() -> None:

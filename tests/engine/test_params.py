@@ -35,7 +35,7 @@ def test_every_field_is_claimed_exactly_once() -> None:
 def test_neutral_values_are_wanted_by_no_stage(params: dict[str, Any]) -> None:
     pipeline = Pipeline(STAGES, new_lanes(1, 8))
     pipeline.admit(0, Spec(params).request)
-    assert not pipeline.wanted.any()
+    assert not any(pipeline.wanted)
 
 
 def test_defaults_sample_one_sequence_and_stop_nowhere() -> None:

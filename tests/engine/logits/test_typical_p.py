@@ -1,5 +1,7 @@
 """Locally typical sampling."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,6 +36,16 @@ def test_of_equally_typical_tokens_those_with_the_lowest_ids_stay(
 ) -> None:
     got = one_row(TypicalP, torch.full((vocab_size,), 1.25), typical_p=typical_p)
     assert kept(got) == set(range(count))
+
+
+@pytest.mark.parametrize("likely", [1, 2, 5])
+def test_of_a_likelier_and_a_less_likely_token_equally_near_the_lowest_id_stays(
+    likely: int,
+) -> None:
+    # The mean logit is 0, and as far from the one token as from the four.
+    logits = torch.full((6,), -math.log(2.0))
+    logits[0], logits[likely] = 0.0, math.log(2.0)
+    assert kept(one_row(TypicalP, logits, typical_p=0.25)) == {0, 1}
 
 
 @pytest.mark.parametrize("typical_p", [1e-300, 1e-20])
