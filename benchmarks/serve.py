@@ -122,7 +122,8 @@ async def open_loop(load: Load, rate: float, requests: int) -> list[Sample]:
 
 
 def _http(load: Load, connections: int) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=connections)
+    # A connection for each request, because llama-server ends one after a stream without saying so.
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=load.url, timeout=None, limits=limits, trust_env=False)
 
 
