@@ -93,6 +93,7 @@ def named(text: str) -> tuple[str, str]:
     return name, rest
 
 
+@serve.failing_in_a_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("servers", type=named, nargs="+", metavar="NAME=URL")

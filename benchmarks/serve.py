@@ -79,7 +79,9 @@ async def ask(client: httpx.AsyncClient, load: Load, number: int) -> Sample:
     async with client.stream("POST", "/v1/completions", json=load.body(number)) as response:
         if response.status_code != 200:
             answer = (await response.aread()).decode()
-            raise SystemExit(f"{load.url}: {response.status_code}: {answer}")
+            raise httpx.HTTPStatusError(
+                f"{response.status_code}: {answer}", request=response.request, response=response
+            )
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -207,6 +209,16 @@ def load_of(args: argparse.Namespace, url: str) -> Load:
     return Load(url, model, *lengths, args.params, args.text, str(args.seed))
 
 
+@contextmanager
+def failing_in_a_line() -> Iterator[None]:
+    """End the program with what a server says, or that it is not there, without a traceback."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise SystemExit(f"{error.request.url}: {error}") from None
+
+
+@failing_in_a_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="a running server; default: start one")

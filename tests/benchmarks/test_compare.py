@@ -127,11 +127,15 @@ def test_a_line_for_each_server_sums_up_its_rounds(tiny_folder: Path) -> None:
                 assert spread == pytest.approx(want, abs=1e-3)
 
 
-def test_a_refusal_ends_it_with_the_servers_words() -> None:
+def test_a_failure_ends_it_in_a_line() -> None:
     with stand_in("a", [], None) as a:
-        done = compare(f"a={a}", "--params-for", 'a={"unknown": 1}')
-        lost = compare(f"a={a}", "--params-for", 'b={"unknown": 1}')
+        refused = compare(f"a={a}", "--params-for", 'a={"unknown": 1}')
+        unnamed = compare(f"a={a}", "--params-for", 'b={"unknown": 1}')
+    gone = compare(f"a={a}")
 
-    assert (done.returncode, done.stderr) == (1, f"{a}: 400: what is unknown?\n")
-    assert lost.returncode == 2
-    assert lost.stderr.endswith("--params-for names no server: b\n")
+    assert refused.returncode == gone.returncode == 1
+    assert refused.stderr == f"{a}/v1/completions: 400: what is unknown?\n"
+    assert gone.stderr.startswith(f"{a}/v1/models: ")
+    assert gone.stderr.count("\n") == 1
+    assert unnamed.returncode == 2
+    assert unnamed.stderr.endswith("--params-for names no server: b\n")
