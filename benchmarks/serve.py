@@ -3,8 +3,9 @@
 Closed loop: a number of clients, each of which sends its next request when the last is answered.
 Open loop (--rate): requests arrive at random (Poisson) whether or not earlier ones are done.
 
-Prompts are random token ids from a fixed seed, end-of-sequence is ignored, so every request has the
-same lengths. A warm-up is not counted. One line of JSON comes last.
+Prompts are random token ids, and end-of-sequence is ignored, so every request has the same lengths.
+Tokens are counted as the server's own usage does, or where it sends none as one for each chunk.
+A warm-up is not counted. One line of JSON comes last.
 
     python -m benchmarks.serve --clients 1 8 32
     python -m benchmarks.serve --clients 32 --params '{"temperature": 0.8, "top_p": 0.9}'
@@ -17,12 +18,15 @@ import json
 import os
 import random
 import socket
+import string
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
 
 import httpx
 
@@ -34,31 +38,39 @@ class Sample:
     sent: float
     first: float = 0.0
     last: float = 0.0
+    prompt_tokens: int = 0
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Load:
+    """What to ask of a server. Two loads have a prompt in common only if they have the seed."""
+
     url: str
     model: str
     prompt_tokens: int
     output_tokens: int
-    params: dict[str, object]
-    seed: int
+    params: dict[str, Any]  # None leaves out what is otherwise sent
+    text: bool  # prompts of letters, about a token each, instead of token ids
+    seed: str
 
-    def body(self, number: int) -> dict[str, object]:
-        ids = random.Random(f"{self.seed}:{number}")
-        prompt = [ids.randrange(1000, 30000) for _ in range(self.prompt_tokens)]
-        fixed = {"ignore_eos": True, "stream": True, "seed": number}
-        return {
+    def body(self, number: int) -> dict[str, Any]:
+        fixed = {
             "model": self.model,
-            "prompt": prompt,
+            "prompt": self.prompt(random.Random(f"{self.seed}:{number}")),
             "max_tokens": self.output_tokens,
-            "return_token_ids": True,
-            **fixed,
-            **self.params,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
         }
+        body = fixed | self.params
+        return {name: value for name, value in body.items() if value is not None}
+
+    def prompt(self, draw: random.Random) -> str | list[int]:
+        if self.text:
+            return " ".join(draw.choices(string.ascii_letters, k=self.prompt_tokens))
+        return draw.choices(range(1000, 30_000), k=self.prompt_tokens)
 
 
 async def ask(client: httpx.AsyncClient, load: Load, number: int) -> Sample:
@@ -66,19 +78,25 @@ async def ask(client: httpx.AsyncClient, load: Load, number: int) -> Sample:
     sample = Sample(time.perf_counter())
     async with client.stream("POST", "/v1/completions", json=load.body(number)) as response:
         if response.status_code != 200:
-            raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
+            answer = (await response.aread()).decode()
+            raise httpx.HTTPStatusError(
+                f"{response.status_code}: {answer}", request=response.request, response=response
+            )
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
-            choices = json.loads(line[6:])["choices"]
-            count = sum(len(choice.get("token_ids") or [0]) for choice in choices)
-            now = time.perf_counter()
-            if sample.tokens:
-                sample.gaps.append(now - sample.last)
-            else:
-                sample.first = now
-            sample.last = now
-            sample.tokens += count
+            chunk = json.loads(line[6:])
+            if chunk["choices"]:
+                now = time.perf_counter()
+                if sample.tokens:
+                    sample.gaps.append(now - sample.last)
+                else:
+                    sample.first = now
+                sample.last = now
+                sample.tokens += 1
+            if usage := chunk.get("usage"):
+                sample.prompt_tokens = usage["prompt_tokens"]
+                sample.tokens = usage["completion_tokens"]
     return sample
 
 
@@ -106,17 +124,20 @@ async def open_loop(load: Load, rate: float, requests: int) -> list[Sample]:
 
 
 def _http(load: Load, connections: int) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=connections)
+    # A connection for each request, because llama-server ends one after a stream without saying so.
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=load.url, timeout=None, limits=limits, trust_env=False)
 
 
-def summary(samples: list[Sample]) -> dict[str, object]:
-    """Tokens per second over the whole, and the spread of each time in milliseconds."""
+def summary(samples: list[Sample]) -> dict[str, Any]:
+    """Lengths, tokens per second over the whole, and the spread of each time in milliseconds."""
     span = max(s.last for s in samples) - min(s.sent for s in samples)
     tokens = sum(s.tokens for s in samples)
     per_token = [(s.last - s.first) / (s.tokens - 1) for s in samples if s.tokens > 1]
     return {
         "requests": len(samples),
+        "prompt_tokens": median(s.prompt_tokens for s in samples),
+        "output_tokens": median(s.tokens for s in samples),
         "tokens_per_s": round(tokens / span, 1),
         "ttft_ms": spread([s.first - s.sent for s in samples]),
         "time_per_token_ms": spread(per_token),
@@ -160,18 +181,51 @@ def own_server(model: str | None, extra: list[str]) -> Iterator[str]:
         process.wait(timeout=60)
 
 
+def warm_up(load: Load, clients: int) -> None:
+    """A short request of each client, in which whatever a server does only once is done."""
+    warm = replace(load, output_tokens=min(load.output_tokens, 16), seed=f"{load.seed}:warm-up")
+    asyncio.run(closed_loop(warm, clients, clients))
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, help="default: 3 for each client")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--params", type=json.loads, default={"temperature": 0})
+    parser.add_argument("--text", action="store_true", help="prompts of letters, not token ids")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=random.randrange(1 << 32),
+        help="of the prompts; default: another each time, as servers remember prompts",
+    )
+
+
+def load_of(args: argparse.Namespace, url: str) -> Load:
+    """What the options ask of the server at `url`, of the first model that it lists."""
+    model = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
+    lengths = args.prompt_tokens, args.output_tokens
+    return Load(url, model, *lengths, args.params, args.text, str(args.seed))
+
+
+@contextmanager
+def failing_in_a_line() -> Iterator[None]:
+    """End the program with what a server says, or that it is not there, without a traceback."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise SystemExit(f"{error.request.url}: {error}") from None
+
+
+@failing_in_a_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="a running server; default: start one")
     parser.add_argument("--model", help="what to serve, if a server is started")
     parser.add_argument("--server-args", default="", help="more arguments for that server")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rate", type=float, help="open loop: requests per second")
-    parser.add_argument("--requests", type=int, help="default: 3 for each client")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--params", type=json.loads, default={"temperature": 0})
-    parser.add_argument("--seed", type=int, default=0)
+    add_load_options(parser)
     args = parser.parse_args()
     if args.url:
         run(args, args.url)
@@ -181,16 +235,15 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, url: str) -> None:
-    model = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
-    load = Load(url, model, args.prompt_tokens, args.output_tokens, args.params, args.seed)
-    warm = Load(url, model, args.prompt_tokens, min(args.output_tokens, 16), args.params, -1)
-    asyncio.run(closed_loop(warm, max(args.clients), max(args.clients)))
-    report: dict[str, object] = {
+    load = load_of(args, url)
+    warm_up(load, max(args.clients))
+    report: dict[str, Any] = {
         "prompt_tokens": args.prompt_tokens,
         "output_tokens": args.output_tokens,
         "params": args.params,
+        "seed": args.seed,
         "cpus": os.cpu_count(),
-        "model": model,
+        "model": load.model,
     }
     if args.rate:
         result = summary(asyncio.run(open_loop(load, args.rate, args.requests or 32)))
@@ -199,8 +252,9 @@ def run(args: argparse.Namespace, url: str) -> None:
     else:
         loops = {}
         for clients in args.clients:
-            requests = args.requests or 3 * clients
-            loops[str(clients)] = summary(asyncio.run(closed_loop(load, clients, requests)))
+            fresh = replace(load, seed=f"{load.seed}:{clients}")
+            samples = asyncio.run(closed_loop(fresh, clients, args.requests or 3 * clients))
+            loops[str(clients)] = summary(samples)
             print(f"{clients} clients: {loops[str(clients)]}")
         report["closed_loop"] = loops
     print(json.dumps(report))
