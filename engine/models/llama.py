@@ -1,7 +1,8 @@
 """Llama, SmolLM2, Mistral, Qwen2 and Qwen3: Hugging Face's configs and names to ours."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -97,7 +98,8 @@ def load(
     """
     ours = _decoder_config(config, weights.device)
     if library is not None and cpu_decoder.can_run(ours, config.intermediate_size):
-        return _load_quantized(config, ours, weights, cache_dtype, library)
+        with _one_thread() if weights.has_groups else nullcontext():
+            return _load_quantized(config, ours, weights, cache_dtype, library)
     embed_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
     tied = bool(config.tie_word_embeddings)
     wide = head_dtype(weights.dtype, weights.device)
@@ -131,6 +133,19 @@ def _load_quantized(
     norm = weights.take("model.norm.weight", (ours.hidden_size,))
     weights.check_all_used()
     return CpuDecoder(library, ours, layers, norm, head, embedding, cache_dtype)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Bringing codes into another order is a thousand short steps, in which threads would mostly
+    wait for one another: for seconds, if others want the cores too.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _decoder_config(config: Any, device: str) -> DecoderConfig:
