@@ -3,15 +3,24 @@
 import inspect
 import json
 import re
+import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import tokenizers
 
 from engine.errors import InvalidRequest, ModelUnavailable
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What a tokenizer_config.json may hold besides and leave tokenizer.json as it is.
+_WITHOUT_EFFECT = {
+    *("tokenizer_class", "backend", "chat_template"),
+    *("model_max_length", "clean_up_tokenization_spaces"),
+}
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -21,14 +30,18 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Load from a Hugging Face folder. Raises ModelUnavailable."""
-        try:
-            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelUnavailable(f"no usable tokenizer in {folder}: {reason}") from error
-        if not self.hf.is_fast:
-            raise ModelUnavailable(f"the tokenizer in {folder} has no `tokenizers` form")
-        self._backend = self.hf.backend_tokenizer
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._hf: Any = None
+        self._plain = _read_plain(folder)
+        if self._plain is not None:
+            self._backend = self._plain.backend
+            self.bos_id, self.eos_id = (self._plain.id_of(role) for role in _ROLES[:2])
+        else:
+            if not self.hf.is_fast:
+                raise ModelUnavailable(f"the tokenizer in {folder} has no `tokenizers` form")
+            self._backend = self.hf.backend_tokenizer
+            self.bos_id, self.eos_id = self.hf.bos_token_id, self.hf.eos_token_id
         if not self._backend.get_vocab(with_added_tokens=False):
             # What `transformers` makes up for some families where there are no files.
             raise ModelUnavailable(f"the tokenizer in {folder} has no vocabulary")
@@ -48,14 +61,21 @@ class Tokenizer:
         self._byte_fallback = "ByteFallback" in kinds
 
     @property
-    def bos_id(self) -> int | None:
-        bos: int | None = self.hf.bos_token_id
-        return bos
+    def hf(self) -> Any:
+        """What `transformers` makes of the folder: the roles of tokens, and the chat template.
+
+        Raises ModelUnavailable. Importing `transformers` takes a second, so it waits until then,
+        if it can.
+        """
+        with self._lock:
+            if self._hf is None:
+                self._hf = _load_hf(self._folder) if self._plain is None else self._plain.hf()
+        return self._hf
 
     @property
-    def eos_id(self) -> int | None:
-        eos: int | None = self.hf.eos_token_id
-        return eos
+    def has_hf(self) -> bool:
+        """Is `hf` there at once?"""
+        return self._hf is not None
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -140,6 +160,68 @@ class Tokenizer:
         """Does decoding drop the space that its first token begins with?"""
         spaced = self.encode(" a a", add_special_tokens=False)[-1]
         return self.bytes_of(spaced).startswith(b" ") and not self.decode([spaced]).startswith(" ")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """A tokenizer.json that `transformers` would take as it is, and what else it would know."""
+
+    backend: Any
+    roles: dict[str, str]
+    chat_template: str | None
+
+    def id_of(self, role: str) -> int | None:
+        token = self.roles.get(role)
+        found: int | None = None if token is None else self.backend.token_to_id(token)
+        return found
+
+    def hf(self) -> Any:
+        import transformers
+
+        # Without a vocabulary: reading it again would hold up everything else, as `tokenizers` does
+        # not let other threads run.
+        empty = tokenizers.Tokenizer(tokenizers.models.BPE())
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=empty, chat_template=self.chat_template, **self.roles
+        )
+
+
+def _read_plain(folder: Path) -> _Plain | None:
+    """A Llama's tokenizer, if the files say all about it. Other families' classes change it."""
+    more = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
+    if any((folder / name).exists() for name in more):
+        return None
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = config.get("chat_template")
+        if (file := folder / "chat_template.jinja").exists():
+            template = file.read_text(encoding="utf-8")
+        if (
+            model_type != "llama"
+            or config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend")
+            or not config.keys() <= _WITHOUT_EFFECT.union(_ROLES)
+            or not isinstance(template, str | None)
+        ):
+            return None
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # noqa: BLE001 - all that `tokenizers` raises; `transformers` will say why
+        return None
+    roles = {name: config[name] for name in _ROLES if config.get(name) is not None}
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not all(isinstance(token, str) and token in added for token in roles.values()):
+        return None
+    return _Plain(backend, roles, template)
+
+
+def _load_hf(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelUnavailable(f"no usable tokenizer in {folder}: {reason}") from error
 
 
 def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:

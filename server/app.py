@@ -21,6 +21,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import chat, completions, explain, health, models
 from server.schemas import ErrorBody
+from server.serving import until_chats_render
 from server.state import ServerState
 
 _BOUNDS = {
@@ -77,10 +78,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _announce(state: ServerState) -> None:
-    with suppress(EngineError):  # which ends the process, and is reported there
+    with suppress(EngineError):  # which ends the process, or the requests that need it
         await state.engine.loaded()
-        assert state.engine.info is not None
-        state.metrics.set_model(state.engine.info)
+        tokenizer, info = state.model()
+        state.metrics.set_model(info)
+        await until_chats_render(tokenizer)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Run the server: a socket, uvicorn, and an end in steps."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -38,7 +39,11 @@ def serve(settings: Settings) -> int:
 
     def load() -> tuple[EngineCore, ModelInfo]:
         beside = None if amateur is None else (amateur.name, amateur.fetch())
-        return load_engine(settings.engine, location.fetch(), beside)
+        loaded = load_engine(settings.engine, location.fetch(), beside)
+        # The garbage collector need not look through all modules again and again: that takes a
+        # tenth of a second, in which nothing is answered.
+        gc.freeze()
+        return loaded
 
     config = settings.server
     logging.basicConfig(

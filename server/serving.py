@@ -11,6 +11,7 @@ from engine.client import Generation
 from engine.errors import InvalidRequest, Overloaded
 from engine.params import SamplingParams, StrictModel, combinable
 from engine.prepare import Output, prepare
+from engine.tokenizer import Tokenizer
 from engine.types import Delta, Finished
 from engine.types import Request as EngineRequest
 from server.answers import Choices, Envelope, Tally, merge
@@ -102,6 +103,15 @@ def sampling_params(body: SamplingParams, defaults: dict[str, Any]) -> SamplingP
 async def in_thread_if_long(size: int, work: Any, *args: Any) -> Any:
     """Call a function, in a worker thread if the input is long."""
     return await asyncio.to_thread(work, *args) if size > _LONG_TEXT else work(*args)
+
+
+async def until_chats_render(tokenizer: Tokenizer) -> None:
+    """Wait, off the event loop, for the import that chats need; it begins once the server is ready.
+
+    Raises ModelUnavailable.
+    """
+    if not tokenizer.has_hf:
+        await asyncio.to_thread(lambda: tokenizer.hf)
 
 
 def truncated(prompt_ids: list[int], body: GenerationRequest, context_len: int) -> list[int]:

@@ -75,7 +75,7 @@ class QuantizedLinear:
         self.bits = weight.bits
         padding = -self.out_features % _PANEL
         codes, d, m = (
-            torch.nn.functional.pad(part, (0, 0, 0, padding)).contiguous()
+            (torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part).contiguous()
             for part in (weight.codes, weight.d, weight.m)
         )
         self._panels = _aligned_bytes(

@@ -1,11 +1,14 @@
 """Llama, SmolLM2, Mistral, Qwen2 and Qwen3: Hugging Face's configs and names to ours."""
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.kernels import native
 from engine.kernels.linear import Linear
@@ -21,6 +24,54 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Angles that depend on nothing but the position. Dynamic scaling does so too, up to the context
 # length the server allows; "longrope" changes with the length of the sequence.
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# What a config.json must say itself to be read without `transformers`, which knows the defaults.
+_NUMBERS: dict[str, type] = {
+    "vocab_size": int,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "max_position_embeddings": int,
+    "rms_norm_eps": float,
+    "tie_word_embeddings": bool,
+}
+
+
+class PlainConfig(SimpleNamespace):
+    """What is used of a Hugging Face config, read from a config.json that leaves nothing open."""
+
+    def get_text_config(self, decoder: bool = True) -> Self:  # noqa: ARG002 - as there
+        return self
+
+
+def read_plain(file: Path) -> PlainConfig | None:
+    """A Llama's config.json that names all its numbers and asks for nothing special.
+
+    None for any other: `transformers` reads those, and importing it takes a second.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"]}
+        is_plain = (
+            config["model_type"] == "llama"
+            and config.get("hidden_act", "silu") == "silu"
+            and all(type(config[name]) is kind for name, kind in _NUMBERS.items())
+            and config["hidden_size"] % config["num_attention_heads"] == 0
+            and "eos_token_id" in config
+            and config.get("rope_scaling") is None
+            and rope.keys() <= {"rope_theta", "rope_type"}
+            and rope.get("rope_type", "default") == "default"
+            and isinstance(rope["rope_theta"], int | float)
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+    if not is_plain:
+        return None
+    rope["rope_type"] = "default"
+    return PlainConfig(**{"hidden_act": "silu"} | config | {"rope_parameters": rope})
 
 
 def fits(config: Any) -> bool:
@@ -47,7 +98,8 @@ def load(
     """
     ours = _decoder_config(config, weights.device)
     if library is not None and cpu_decoder.can_run(ours, config.intermediate_size):
-        return _load_quantized(config, ours, weights, cache_dtype, library)
+        with _one_thread() if weights.has_groups else nullcontext():
+            return _load_quantized(config, ours, weights, cache_dtype, library)
     embed_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
     tied = bool(config.tie_word_embeddings)
     wide = head_dtype(weights.dtype, weights.device)
@@ -83,9 +135,23 @@ def _load_quantized(
     return CpuDecoder(library, ours, layers, norm, head, embedding, cache_dtype)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Bringing codes into another order is a thousand short steps, in which threads would mostly
+    wait for one another: for seconds, if others want the cores too.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _decoder_config(config: Any, device: str) -> DecoderConfig:
     heads = config.num_attention_heads
-    rotary = LlamaRotaryEmbedding(config=config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    inv_freq, rope_scale = _angles(config, head_dim)
     windows = [
         config.sliding_window if kind == "sliding_attention" else None
         for kind in _layer_types(config)
@@ -95,13 +161,24 @@ def _decoder_config(config: Any, device: str) -> DecoderConfig:
         hidden_size=config.hidden_size,
         num_heads=heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         norm_eps=config.rms_norm_eps,
         context_len=config.max_position_embeddings,
         windows=tuple(windows),
-        inv_freq=rotary.inv_freq.to(device=device, dtype=torch.float32),
-        rope_scale=float(rotary.attention_scaling),
+        inv_freq=inv_freq.to(device=device, dtype=torch.float32),
+        rope_scale=rope_scale,
     )
+
+
+def _angles(config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """The angle that each pair turns per position, and the factor on the rotated vectors."""
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+    return inv_freq, float(scale)
 
 
 def _layer_types(config: Any) -> list[str]:

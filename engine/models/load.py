@@ -4,18 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from engine.errors import ModelUnavailable
 from engine.kernels import native
 from engine.models import llama
 from engine.models.base import Model
-from engine.models.transformers import TransformersModel
 from engine.models.weights import Weights
 
 
 def load_config(folder: Path) -> Any:
     """The folder's Hugging Face config. Raises ModelUnavailable."""
+    if (plain := llama.read_plain(folder / "config.json")) is not None:
+        return plain
+    from transformers import AutoConfig  # only now: it takes a second
+
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -51,4 +53,6 @@ def load_model(
     if llama.fits(config):
         between = dtype if library is None else torch.float32
         return llama.load(config, Weights(folder, between, device), dtype, library)
+    from engine.models.transformers import TransformersModel
+
     return TransformersModel(folder, config, dtype, device)

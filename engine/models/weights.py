@@ -35,6 +35,11 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    @property
+    def has_groups(self) -> bool:
+        """Are there weights whose codes the file itself holds?"""
+        return bool(self._grouped)
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, converted.
 

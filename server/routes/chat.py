@@ -22,6 +22,7 @@ from server.serving import (
     sampling_params,
     stream,
     submit,
+    until_chats_render,
 )
 from server.state import state_of
 
@@ -40,6 +41,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     asked = check_logprobs(body.prompt_logprobs, "prompt_logprobs", state, info.vocab_size)
     params = sampling_params(body, state.defaults(info))
     size = sum(len(str(message.content)) for message in body.messages)
+    await until_chats_render(tokenizer)
     prompt_ids: list[int] = await in_thread_if_long(
         size, encode_chat, body, tokenizer, state.config.trust_request_templates
     )

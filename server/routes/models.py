@@ -10,7 +10,7 @@ from server.body import JSONRoute
 from server.chat import encode_for_tokenize
 from server.errors import ApiError
 from server.schemas import DetokenizeRequest, TokenizeRequest
-from server.serving import check_fields, in_thread_if_long
+from server.serving import check_fields, in_thread_if_long, until_chats_render
 from server.state import ServerState, state_of
 
 router = APIRouter(route_class=JSONRoute)
@@ -58,6 +58,8 @@ async def tokenize(request: Request, response: Response, body: TokenizeRequest) 
     state = state_of(request)
     response.headers.update(check_fields(body, state))
     tokenizer, info = state.model()
+    if body.messages is not None:
+        await until_chats_render(tokenizer)
     size = len(body.prompt or "") + sum(len(str(m.content)) for m in body.messages or ())
     tokens: list[int] = await in_thread_if_long(size, encode_for_tokenize, body, tokenizer)
     strings = [tokenizer.text_of(token_id) for token_id in tokens]
@@ -94,6 +96,7 @@ async def detokenize(
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """What a client needs to know to use the tokenizer from afar."""
     tokenizer, info = state_of(request).model()
+    await until_chats_render(tokenizer)
     return {
         "tokenizer_class": type(tokenizer.hf).__name__,
         "bos_token": tokenizer.hf.bos_token,

@@ -1,6 +1,8 @@
 """What each token is in bytes, for the kinds of tokenizers there are."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -157,6 +159,54 @@ def test_a_folder_without_a_tokenizer_is_an_error_of_one_line(tmp_path: Path) ->
     assert "\n" not in str(raised.value)
 
 
+# -- what needs no `transformers`
+
+
+def of_transformers(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def test_a_plain_tokenizer_is_the_one_of_transformers(tmp_path: Path) -> None:
+    tiny.save(tiny.hf_model("llama"), tmp_path)
+    tokenizer, want = Tokenizer(tmp_path), of_transformers(tmp_path)
+    assert not tokenizer.has_hf
+    assert tokenizer.vocabulary == want.get_vocab()
+    for text in (*TEXTS, "a</s>b<pad><unused100>"):
+        assert tokenizer.encode(text) == want.encode(text)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (want.bos_token_id, want.eos_token_id)
+    assert type(tokenizer.hf) is type(want)
+    assert tokenizer.hf.special_tokens_map == want.special_tokens_map
+    assert tokenizer.hf.chat_template == want.chat_template
+    assert tokenizer.has_hf
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"add_eos_token": True}),
+        ("tokenizer_config.json", {"unk_token": "<new>"}),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": "x"}]}),
+        ("special_tokens_map.json", {"eos_token": "<s>"}),
+        ("config.json", {"model_type": "qwen2"}),
+    ],
+    ids=str,
+)
+def test_whatever_else_the_files_ask_for_is_done(
+    file: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    """By `transformers`: some add tokens, and some classes make the tokenizer anew."""
+    tiny.save(tiny.hf_model("llama"), tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    before = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps(before | changes))
+    tokenizer, want = Tokenizer(tmp_path), of_transformers(tmp_path)
+    assert tokenizer.has_hf
+    assert tokenizer.encode("in the end, é") == want.encode("in the end, é")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (want.bos_token_id, want.eos_token_id)
+    assert tokenizer.hf.chat_template == want.chat_template
+
+
 # -- chat templates
 
 
@@ -196,6 +246,16 @@ def test_a_model_without_a_template_says_where_to_go(fallback: Tokenizer) -> Non
 
 
 # -- real ones
+
+
+@pytest.mark.slow
+def test_the_default_model_renders_chats_as_transformers_does(real_folder: Path) -> None:
+    tokenizer, want = Tokenizer(real_folder), of_transformers(real_folder)
+    assert not tokenizer.has_hf
+    for options in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+        text = tokenizer.render_chat(MESSAGES, **options)
+        assert text == want.apply_chat_template(MESSAGES, tokenize=False, **options)
+        assert tokenizer.encode(text) == want.encode(text)
 
 
 @pytest.fixture(scope="module", params=["real_folder", "gemma_folder"])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.kernels import native
@@ -14,7 +15,7 @@ from engine.models import llama
 from engine.models.cpu_decoder import CpuDecoder
 from engine.models.decoder import Decoder
 from engine.models.load import load_config
-from engine.models.weights import Weights
+from engine.models.weights import GROUPS_FILE, Weights
 from tests.support import tiny
 from tests.support.engines import request, run, tiny_core
 from tests.support.kernels import libraries
@@ -146,3 +147,21 @@ def test_other_shapes_are_left_to_torch(
     with torch.inference_mode():
         want = hf(torch.tensor(PROMPTS[2:3])).logits[0]
     assert distance(packed_logits(core.model, PROMPTS[2:3])[0], want) < 0.06
+
+
+@LIBRARIES
+def test_bringing_codes_into_order_leaves_the_threads_as_they_were(
+    library: native.Library, tmp_path: Path
+) -> None:
+    folder = tiny.save(hf_model("llama"), tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    groups = Groups.of(Weights(folder, torch.float32, "cpu").take(name, (128, 96)))
+    parts = {f"{name}.codes": groups.codes, f"{name}.d": groups.d.half()}
+    save_file(parts, folder / GROUPS_FILE)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loaded(folder, library, torch.float32)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
