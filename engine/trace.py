@@ -6,6 +6,7 @@ nothing, and rows that are not traced do not pay for it.
 
 import re
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -116,14 +117,14 @@ def _filtered(
         noted: list[StageTrace] = []
         for stage in filters:
             assert isinstance(stage, Filter)
-            before, warmth = candidates.dense(), float(candidates.temperature[0])
-            count = int(candidates.count)
+            before, count = copy(candidates), int(candidates.count)
             stage.apply(candidates, rows)
             left = int(candidates.count)
             if left != count:
                 gone = candidates.dense() == NEG_INF
-                noted.append(StageTrace(_name(stage), left, float(_probs(before)[gone].sum())))
-            elif float(candidates.temperature[0]) != warmth:
+                mass = float(_probs(before.dense())[gone].sum())
+                noted.append(StageTrace(_name(stage), left, mass))
+            elif float(candidates.temperature[0]) != float(before.temperature[0]):
                 noted.append(StageTrace(_name(stage), left, 0.0))
         candidates.settle()
         if not bool(candidates.unsure.any()):
@@ -149,11 +150,11 @@ def _name(stage: Stage) -> str:
 
 def _moments(raw: Tensor) -> tuple[float, float]:
     """Entropy in nats and varentropy in nats² of a row's softmax."""
-    logprobs = raw[0].double().log_softmax(0)
-    probs = logprobs.exp()
-    surprise = torch.where(probs > 0.0, -logprobs, 0.0)
-    entropy = float((probs * surprise).sum())
-    return entropy, float((probs * (surprise - entropy) ** 2).sum())
+    logits = raw[0].double()
+    surprise = (logits.logsumexp(0) - logits).clamp_(max=1e30)  # 0 times infinity is no number
+    probs = surprise.neg().exp_()
+    entropy = probs.dot(surprise)
+    return float(entropy), float(probs.dot((surprise - entropy).square_()))
 
 
 def _likeliest(logits: Tensor, top: int) -> tuple[Probability, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, rank, summarise
 
 WIDTH = 256
-WIDER = 8  # times as many, where those were not enough
+WIDER = 16  # times as many, where those were not enough
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
 
 
@@ -22,7 +22,8 @@ class Candidates:
     then runs them again on that row with more candidates, in the end with its whole vocabulary, the
     definition of what is right.
 
-    The distribution is that of everything not dropped yet, the tail included.
+    The distribution is that of everything not dropped yet, the tail included. A shallow copy keeps
+    it as it is now: changes put new tensors in the place of old ones.
     """
 
     def __init__(self, logits: Tensor, width: int = WIDTH, index: Tensor | None = None) -> None:
@@ -219,11 +220,11 @@ class Candidates:
         `inside` [R, 1]: the mask was decided without the tail, nothing of which is to be kept.
         """
         inactive = ~active
-        self.unsure |= (active > inside).squeeze(1) & self.tail
+        self.unsure = self.unsure | ((active > inside).squeeze(1) & self.tail)
         self._leave(mask | inactive)
         inactive = inactive.squeeze(1)
-        self.tail &= inactive
-        self.whole &= inactive
+        self.tail = self.tail & inactive
+        self.whole = self.whole & inactive
 
     def keep_above(self, floor: Tensor, active: Tensor) -> None:
         """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
@@ -239,11 +240,11 @@ class Candidates:
 
     def drop(self, mask: Tensor, sure: Tensor) -> None:
         """Drop some candidates [R, K] and nothing of the tail, if that is `sure` [R, 1]."""
-        self.unsure |= self.tail & ~sure.squeeze(1)
+        self.unsure = self.unsure | (self.tail & ~sure.squeeze(1))
         touched = mask.any(1)
         where = touched & self.tail
         self._leave(~mask)
-        self.whole &= ~touched | self.tail
+        self.whole = self.whole & (~touched | self.tail)
         if self._changes_raw(where):
             gone = self.tail.unsqueeze(1) & ~self.alive
             self.raw.scatter_(1, self.ids, self._best[0].masked_fill(gone, NEG_INF))
@@ -283,10 +284,10 @@ class Candidates:
         is_it &= where
         self.__dict__["_best"] = values, torch.where(is_it, known, ids)
         self._logits = logits.masked_fill(is_it, 0.0)
-        forced = where.squeeze(1)
-        self.tail &= ~forced
-        self.whole &= ~forced
-        self.unsure &= ~forced
+        others = ~where.squeeze(1)
+        self.tail = self.tail & others
+        self.whole = self.whole & others
+        self.unsure = self.unsure & others
         self._forget()
 
     def _forget(self) -> None:

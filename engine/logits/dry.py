@@ -68,31 +68,36 @@ class Dry(Transform):
         if self._matches is None or self._breakers is None or self._longest is None:
             return logits  # no lane has ever wanted this
         self._catch_up(rows)
-        ids = self.lanes.tokens[rows.lanes, : rows.max_len].long()
+        ids = self.lanes.tokens[rows.lanes, : rows.max_len]
         lengths = (rows.positions + 1).unsqueeze(1)
         index = torch.arange(rows.max_len, device=ids.device)
-        last_n = self.last_n.at(rows)
+        last_n, allowed = self.last_n.at(rows), self.allowed.at(rows)
         begin = torch.where(last_n < 0, 0, lengths - last_n).clamp(min=0)
         # A match that ends at i - 1 makes token i a candidate, and reaches back to `begin` at most.
-        match = torch.zeros_like(ids, dtype=torch.int32)
+        match = torch.zeros_like(ids)
         match[:, 1:] = self._matches[rows.lanes, : rows.max_len - 1].minimum(index[1:] - begin)
         match.masked_fill_((index >= lengths) | (index <= begin), 0)
-        # Of all places that hold the same token; only their entries of the table are touched.
-        table = self._longest[: len(rows)].scatter_(1, ids, 0)
-        longest = table.scatter_reduce_(1, ids, match, "amax").gather(1, ids)
-        extends = (longest >= self.allowed.at(rows)) & (self.multiplier.at(rows) > 0.0)
-        in_table = (rows.lanes * self._breakers.shape[1]).unsqueeze(1) + ids
-        extends &= ~self._breakers.view(-1).index_select(0, in_table.view(-1)).view_as(ids)
-        base = self.base.at(rows)
-        exponent = (longest - self.allowed.at(rows)).float()
+        # Few places matter, but asking a GPU which would mean waiting for it.
+        row, column = few_places(match >= allowed) if ids.is_cpu else all_places(match)
+        token_ids, vocab_size = ids[row, column].long(), logits.shape[1]
+        # The longest match of each token: of the table only the entries of these are touched.
+        entry = row * vocab_size + token_ids
+        table = self._longest.view(-1).index_fill_(0, entry, 0)
+        longest = table.scatter_reduce_(0, entry, match[row, column], "amax")[entry]
+        multiplier, base, allowed = (
+            c.at(rows)[row, 0] for c in (self.multiplier, self.base, self.allowed)
+        )
+        extends = (longest >= allowed) & (multiplier > 0.0)
+        extends &= ~self._breakers[rows.lanes[row], token_ids]
         # A power beyond float32 would be infinite; a base of 1 has none.
-        exponent = exponent.minimum((_LARGEST_EXPONENT / base.log()).floor())
-        penalty = self.multiplier.at(rows) * base.pow(exponent)
-        scores = logits.gather(1, ids)
+        exponent = (longest - allowed).float().minimum((_LARGEST_EXPONENT / base.log()).floor())
+        scores = logits[row, token_ids]
         # However large, it is no ban: that could leave a row without any token.
-        lowered = (scores - penalty).clamp(min=torch.finfo(torch.float32).min)
+        lowered = (scores - multiplier * base.pow(exponent)).clamp(
+            min=torch.finfo(torch.float32).min
+        )
         lowered = torch.where(extends & (scores > NEG_INF), lowered, scores)
-        return logits.scatter_(1, ids, lowered)
+        return logits.index_put_((row, token_ids), lowered)
 
     def _catch_up(self, rows: Rows) -> None:
         lanes, ends = np.asarray(rows.host_lanes), np.asarray(rows.host_positions) + 1
@@ -167,3 +172,15 @@ class Dry(Transform):
         if self._matches is not None and self._breakers is not None:
             self._matches[children] = self._matches[parents]
             self._breakers[children] = self._breakers[parents]
+
+
+def few_places(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each True in a mask [R, C], [n] int64 both."""
+    row, column = where.nonzero(as_tuple=True)
+    return row, column
+
+
+def all_places(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every entry, [R · C] int64 both."""
+    index = torch.arange(like.numel(), device=like.device)
+    return index // like.shape[1], index % like.shape[1]

@@ -47,8 +47,9 @@ class Mirostat(Filter):
             rank = candidates.alive.cumsum(1)
             limit = _allowed(candidates, mu)
             seen = rank[:, -1:]
-            inside = (seen >= limit) & (seen >= _FITTED)
-            candidates.keep(rank <= limit, active=version == 1, inside=inside)
+            fitted = seen >= _FITTED
+            active = (version == 1) & ~(fitted & (limit >= candidates.vocab_size))
+            candidates.keep(rank <= limit, active, inside=fitted & (seen >= limit))
 
     def observe(self, candidates: Candidates, rows: Rows, tokens: Tensor) -> None:
         error = -candidates.probs_of(tokens).double().log2() - self.tau.at(rows)

@@ -1,7 +1,6 @@
 """Tail-free sampling (Phénix and Egan, 2019), as in text-generation-webui."""
 
 import torch
-from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
@@ -53,16 +52,14 @@ class TailFree(Filter):
         most = total + torch.where(
             has_tail, probs[:, -2:].sum(1, keepdim=True, dtype=torch.float64), 0.0
         )
-        last = _last(passed, total, tfs)
-        inside = (last == _last(passed, most, tfs)) & (last < width - 2)
+        # Rank r + 1 stays if no more than `tfs` of the bending, as float32, is done at r.
+        limit = (tfs.double() + tfs.nextafter(torch.ones_like(tfs))) / 2
+        last = torch.searchsorted(passed, limit * total, right=True)
+        beyond = passed.gather(1, last.clamp(max=width - 3))
+        inside = (beyond > limit * most) & (last < width - 2)
         last = torch.where(has_tail, last, last.minimum(count - 2))
         keep = rank <= last
         if some_dropped:
             keep = keep.gather(1, place)
         curved = (count >= 3) & (total > 0.0)
         candidates.keep(keep, active & (curved | has_tail), inside & curved)
-
-
-def _last(passed: Tensor, total: Tensor, tfs: Tensor) -> Tensor:
-    """The last rank that stays, [R, 1]: rank r + 1 stays if `passed` at r is not too much."""
-    return ((passed / total).float() <= tfs).sum(1, keepdim=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits import STAGES
+from engine.logits import STAGES, dry
 from engine.logits.dry import Dry
 from engine.types import Rows
 from tests.support.logits import (
@@ -99,6 +99,17 @@ def test_each_row_matches_a_naive_search_with_parameters_of_its_own() -> None:
     assert (changed > 0).sum() > 200
     assert (changed > 2).sum() > 30
     assert (changed == 0).sum() > 50
+
+
+def test_looking_at_all_places_as_a_gpu_does_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    specs = some_specs(30, 40)
+    logits = random_rows(len(specs), VOCAB)
+    want = apply(Dry, specs, logits)
+    monkeypatch.setattr(dry, "few_places", dry.all_places)
+    assert torch.equal(apply(Dry, specs, logits), want)
+    assert not torch.equal(want, logits)
 
 
 def test_worked_numbers() -> None:
