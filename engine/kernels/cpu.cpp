@@ -190,31 +190,30 @@ extern "C" void logitmill_select(int64_t isa, const Rows* rows, int64_t k, const
     WIDE(select_rows, *rows, k, temperature, values, ids, summary);
 }
 
-// Codes [N, K], a byte each, to panels; N is a multiple of 16. With 4 bits, d and m [N, K / 32] are
+// Codes [N, K], a byte each, to panels; N is a multiple of 32. With 4 bits, d and m [N, K / 32] are
 // half precision, with 8 bits d is single precision and m is not read.
 extern "C" void logitmill_pack(const uint8_t* codes, const void* d, const uint16_t* m, int64_t n,
                                int64_t k, int64_t bits, uint8_t* panels) {
-    const int64_t groups = k / 32, group_bytes = bits == 4 ? 320 : 576;
+    const int64_t groups = k / 32, code_bytes = bits == 4 ? 512 : 1024, group_bytes = code_bytes + 128;
 #pragma omp parallel for
-    for (int64_t panel = 0; panel < n / 16; ++panel) {
+    for (int64_t panel = 0; panel < n / 32; ++panel) {
         for (int64_t g = 0; g < groups; ++g) {
             uint8_t* at = panels + (panel * groups + g) * group_bytes;
-            for (int64_t lane = 0; lane < 16; ++lane) {
-                const int64_t row = panel * 16 + lane;
+            for (int64_t lane = 0; lane < 32; ++lane) {
+                const int64_t row = panel * 32 + lane;
                 const uint8_t* from = codes + row * k + g * 32;
                 for (int64_t quad = 0; quad < 8; ++quad) {
                     for (int64_t i = 0; i < 4; ++i) {
                         const uint8_t code = from[4 * quad + i];
-                        if (bits == 8) at[64 * quad + 4 * lane + i] = code;
-                        else if (quad < 4) at[64 * quad + 4 * lane + i] = code;
-                        else at[64 * (quad - 4) + 4 * lane + i] |= (uint8_t)(code << 4);
+                        if (bits == 8 || quad < 4) at[128 * quad + 4 * lane + i] = code;
+                        else at[128 * (quad - 4) + 4 * lane + i] |= (uint8_t)(code << 4);
                     }
                 }
                 if (bits == 8) {
-                    ((float*)(at + 512))[lane] = ((const float*)d)[row * groups + g];
+                    ((float*)(at + code_bytes))[lane] = ((const float*)d)[row * groups + g];
                 } else {
-                    ((uint16_t*)(at + 256))[lane] = ((const uint16_t*)d)[row * groups + g];
-                    ((uint16_t*)(at + 288))[lane] = m[row * groups + g];
+                    ((uint16_t*)(at + code_bytes))[lane] = ((const uint16_t*)d)[row * groups + g];
+                    ((uint16_t*)(at + code_bytes + 64))[lane] = m[row * groups + g];
                 }
             }
         }

@@ -63,8 +63,10 @@ INLINE int64_t lay_out(const Decoder& d, const Attention& a, int64_t num_tokens,
     auto codes = [&](int64_t k) INLINE_LAMBDA {
         Codes c;
         c.q = (int8_t*)take(num_tokens * k);
-        c.scale = floats(k / kGroup);
+        c.exponent = (int32_t*)floats(k / kGroup);
         c.total = floats(k / kGroup);
+        c.start = (int32_t*)floats(k / kGroup);
+        c.rows = num_tokens;
         c.k = k;
         return c;
     };
@@ -118,13 +120,14 @@ INLINE void norm_and_rotate(const Decoder& d, float* head, const float* norm, co
 
 // x += w · codes, over a run of panels.
 INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, float* x, int64_t panel) {
-    Vec out[kTile];
+    Vec out[kTile][kHalves];
     for (int64_t row = 0; row < num_tokens; row += kTile) {
         const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
         multiply(w, panel, in, row, count, out);
         for (int r = 0; r < count; ++r) {
             float* at = x + (row + r) * w.n + panel * kPanel;
-            store(at, load(at) + out[r]);
+            for (int half = 0; half < kHalves; ++half)
+                store(at + half * kLanes, load(at + half * kLanes) + out[r][half]);
         }
     }
 }
@@ -137,12 +140,14 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
     const int64_t panels = d.dim / kPanel;
     const bool is_query = head < d.heads, is_key = !is_query && head < d.heads + d.kv_heads;
     alignas(64) float rows[kTile][kMaxDim];
-    Vec out[kTile];
+    Vec out[kTile][kHalves];
     for (int64_t row = 0; row < s.num_tokens; row += kTile) {
         const int count = (int)smaller<int64_t>(kTile, s.num_tokens - row);
         for (int64_t panel = 0; panel < panels; ++panel) {
             multiply(layer.qkv, head * panels + panel, b.normed, row, count, out);
-            for (int r = 0; r < count; ++r) store(rows[r] + panel * kPanel, out[r]);
+            for (int r = 0; r < count; ++r)
+                for (int half = 0; half < kHalves; ++half)
+                    store(rows[r] + panel * kPanel + half * kLanes, out[r][half]);
         }
         for (int r = 0; r < count; ++r) {
             const int64_t token = row + r;
@@ -167,17 +172,16 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
     }
 }
 
-// Two panels of gate and two of up: one group of the inner activations.
+// A panel of gate and one of up: one group of the inner activations.
 INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64_t group) {
-    Vec out[4][kTile];
+    Vec gates[kTile][kHalves], ups[kTile][kHalves];
     for (int64_t row = 0; row < num_tokens; row += kTile) {
         const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
-        for (int i = 0; i < 4; ++i) {
-            const int64_t panel = i / 2 * (layer.gate_up.n / 2 / kPanel) + 2 * group + i % 2;
-            multiply(layer.gate_up, panel, b.normed, row, count, out[i]);
-        }
+        multiply(layer.gate_up, group, b.normed, row, count, gates);
+        multiply(layer.gate_up, layer.gate_up.n / 2 / kPanel + group, b.normed, row, count, ups);
         for (int r = 0; r < count; ++r) {
-            quantize(b.inner, row + r, group, silu(out[0][r]) * out[2][r], silu(out[1][r]) * out[3][r]);
+            quantize(b.inner, row + r, group, silu(gates[r][0]) * ups[r][0],
+                     silu(gates[r][1]) * ups[r][1]);
         }
     }
 }
@@ -310,10 +314,13 @@ void forward(const Step& s) {
 
 // Quantise rows of x [T, K] and multiply them by w: out [T, N].
 void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8_t* scratch) {
+    const int64_t count = num_rows * (w.k / kGroup);
     Codes codes;
     codes.q = (int8_t*)scratch;
-    codes.scale = (float*)(scratch + (num_rows * w.k + 63) / 64 * 64);
-    codes.total = codes.scale + num_rows * (w.k / kGroup);
+    codes.exponent = (int32_t*)(scratch + (num_rows * w.k + 63) / 64 * 64);
+    codes.total = (float*)(codes.exponent + count);
+    codes.start = (int32_t*)(codes.total + count);
+    codes.rows = num_rows;
     codes.k = w.k;
     for (int64_t row = 0; row < num_rows; ++row) {
         for (int64_t g = 0; g < groups(codes); ++g) {
@@ -324,7 +331,7 @@ void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8
     const int64_t num_panels = (w.n + kPanel - 1) / kPanel;
 #pragma omp parallel for schedule(dynamic, 8)
     for (int64_t panel = 0; panel < num_panels; ++panel) {
-        Vec result[kTile];
+        Vec result[kTile][kHalves];
         const int64_t width = smaller<int64_t>(kPanel, w.n - panel * kPanel);
         for (int64_t row = 0; row < num_rows; row += kTile) {
             const int count = (int)smaller<int64_t>(kTile, num_rows - row);

@@ -314,7 +314,7 @@ class Library:
             c_void_p(codes),
             c_void_p(d),
             c_void_p(m),
-            c_int64(-(-matrix.n // 16) * 16),
+            c_int64(-(-matrix.n // 32) * 32),
             c_int64(matrix.k),
             c_int64(matrix.bits),
             c_void_p(matrix.panels),

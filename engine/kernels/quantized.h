@@ -1,49 +1,83 @@
 // Products of 8-bit activations with 4- or 8-bit weights.
 //
 // Both are quantised in groups of 32 along the inputs. A weight is d·u + m, with u a code of 0…15 or
-// 0…255 and d, m of its group; an activation is s·q, q an integer of -127…127. A group contributes
-//     d·s·Σuq + m·s·Σq
-// where Σuq is exact, so a row's result depends on that row alone: the same bits in every batch.
+// 0…255 and d, m of its group; an activation is 2^e·q, q an integer of -127…127. A group contributes
+//     d·2^e·Σuq + m·2^e·Σq
+// where Σuq is exact, so a row's result depends on that row alone: the same bits in every batch. The
+// power of two is added to the exponent of Σuq, which takes no multiplication: these share the units
+// that the dot products keep busy.
 //
-// Weights lie in panels of 16 outputs. For each group a panel holds, for input quads 0…7, the four
-// codes of each output side by side, 64 bytes a quad; with 4 bits, quads j and j + 4 share bytes, low
-// and high nibble. Behind them: 4 bits: d and m of the 16 outputs in half precision; 8 bits: d in
+// Weights lie in panels of 32 outputs. For each group a panel holds, for input quads 0…7, the four
+// codes of each output side by side, 128 bytes a quad; with 4 bits, quads j and j + 4 share bytes, low
+// and high nibble. Behind them: 4 bits: d and m of the 32 outputs in half precision; 8 bits: d in
 // single precision, where m is -128 d.
 
 constexpr int kGroup = 32;
-constexpr int kPanel = 16;
-constexpr int64_t kGroupBytes4 = 256 + 64;
-constexpr int64_t kGroupBytes8 = 512 + 64;
+constexpr int kPanel = 32;
+constexpr int kHalves = kPanel / kLanes;
+constexpr int kTile = 4;  // rows that share a pass over a panel
+constexpr int64_t kGroupBytes4 = 512 + 128;
+constexpr int64_t kGroupBytes8 = 1024 + 128;
 
-#if ISA == 512
-constexpr int kTile = 8;  // rows that share a pass over a panel
-#else
-constexpr int kTile = 4;
-#endif
+// Exponents are kept plus 40, so that they are not negative, and end there: past 2^50 · 127, about
+// 10^17, an activation is the largest one, below 10^-12 it is 0.
+constexpr int kLeastExponent = -40, kMostExponent = 50;
 
-// Quantised rows [T, K].
+// Quantised rows [T, K], a group of all rows behind another: threads that make different groups do not
+// write to the same cache lines.
 struct Codes {
-    int8_t* q;      // [T, K]
-    float* scale;   // [T, K / 32]
-    float* total;   // [T, K / 32]: scale · Σq
-    int64_t k;
+    int8_t* q;          // [K / 32, T, 32]
+    int32_t* exponent;  // [K / 32, T]: e + 40 where a float has its exponent
+    float* total;       // [K / 32, T]: 2^(e + 40) · Σq
+    int32_t* start;     // [K / 32, T]: -128 · Σq
+    int64_t rows, k;
 };
 
 INLINE int64_t groups(const Codes& x) { return x.k / kGroup; }
 
+INLINE float power_of_two(int exponent) {
+    const int32_t bits = (exponent + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+// The least e for which 2^e · 127 is not below `top`.
+INLINE int exponent_for(float top) {
+    const float scale = top / 127.0f;
+    int32_t bits;
+    std::memcpy(&bits, &scale, sizeof bits);
+    const int exponent = (bits >> 23) - 127 + ((bits & 0x7fffff) != 0);
+    return larger(kLeastExponent, smaller(kMostExponent, exponent));
+}
+
 // Quantise one group of 32 numbers.
 INLINE void quantize(const Codes& x, int64_t row, int64_t group, Vec a, Vec b) {
+    const int64_t at = group * x.rows + row;
     const float top = largest(max(absolute(a), absolute(b)));
-    const float scale = top / 127.0f;
-    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    if (!(top < INFINITY)) {  // no numbers: nor shall the products be
+        std::memset(x.q + at * kGroup, 0, kGroup);
+        x.exponent[at] = 0x7fc00000;
+        x.total[at] = NAN;
+        x.start[at] = 0;
+        return;
+    }
+    const int exponent = exponent_for(top);
+    const float inverse = power_of_two(-exponent), scale = power_of_two(exponent - kLeastExponent);
+    const float most = 127.0f / inverse;
+    if (top > most) {
+        a = max(-max(-a, splat(-most)), splat(-most));
+        b = max(-max(-b, splat(-most)), splat(-most));
+    }
     const IntVec qa = __builtin_convertvector((a * inverse + kRounder) - kRounder, IntVec);
     const IntVec qb = __builtin_convertvector((b * inverse + kRounder) - kRounder, IntVec);
     const SmallVec small[2] = {__builtin_convertvector(qa, SmallVec),
                                __builtin_convertvector(qb, SmallVec)};
-    std::memcpy(x.q + row * x.k + group * kGroup, small, sizeof small);
-    const int64_t at = row * groups(x) + group;
-    x.scale[at] = scale;
-    x.total[at] = scale * sum(__builtin_convertvector(qa + qb, Vec));
+    std::memcpy(x.q + at * kGroup, small, sizeof small);
+    const float sum_of_codes = sum(__builtin_convertvector(qa + qb, Vec));  // exact
+    x.exponent[at] = (exponent - kLeastExponent) << 23;
+    x.total[at] = scale * sum_of_codes;
+    x.start[at] = -128 * (int32_t)sum_of_codes;
 }
 
 // acc + the dot products of each lane's four codes with four activations.
@@ -84,46 +118,56 @@ INLINE ByteVec load_codes(const uint8_t* p) {
     return v;
 }
 
-// R rows from `row` on times one panel: out[r] are the panel's 16 outputs.
-template <int BITS, int R>
-INLINE void multiply(const uint8_t* panel, const Codes& x, int64_t row, Vec* out) {
+// R rows from `row` on times P halves of a panel, `half` and those behind it.
+template <int BITS, int R, int P>
+INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row, Vec (*out)[kHalves]) {
     const int64_t num_groups = groups(x);
-    Vec acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = splat(0.0f);
-    const int8_t* q = x.q + row * x.k;
-    const float* scale = x.scale + row * num_groups;
-    const float* total = x.total + row * num_groups;
+    Vec acc[R][P] = {};
     for (int64_t g = 0; g < num_groups; ++g) {
-        IntVec sums[R] = {};
-        Vec d, m;
-        if (BITS == 4) {
-            for (int half = 0; half < 2; ++half) {
-                for (int j = 0; j < 4; ++j) {
-                    const ByteVec both = load_codes(panel + 64 * j);
-                    const ByteVec codes = half ? both >> 4 : both & 15;
-                    const int8_t* at = q + g * kGroup + 16 * half + 4 * j;
-                    for (int r = 0; r < R; ++r) sums[r] = dot4<4>(sums[r], codes, at + r * x.k);
-                }
-            }
-            d = load_half((const uint16_t*)(panel + 256));
-            m = load_half((const uint16_t*)(panel + 256 + 32));
-            panel += kGroupBytes4;
-        } else {
-            for (int j = 0; j < 8; ++j) {
-                const ByteVec codes = load_codes(panel + 64 * j);
-                const int8_t* at = q + g * kGroup + 4 * j;
-                for (int r = 0; r < R; ++r) sums[r] = dot4<8>(sums[r], codes, at + r * x.k);
-            }
-            d = load((const float*)(panel + 512));
-            m = d * -128.0f;
-            panel += kGroupBytes8;
+        const int64_t its = g * x.rows + row;
+        const int8_t* q = x.q + its * kGroup;
+        IntVec sums[R][P] = {};
+        if (BITS == 8) {
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < P; ++p) sums[r][p] += x.start[its + r];
         }
-        for (int r = 0; r < R; ++r) {
-            acc[r] += __builtin_convertvector(sums[r], Vec) * (d * scale[r * num_groups + g]);
-            acc[r] += m * total[r * num_groups + g];
+#pragma GCC unroll 8
+        for (int quad = 0; quad < 8; ++quad) {
+            ByteVec codes[P];
+            for (int p = 0; p < P; ++p) {
+                const int at = BITS == 4 ? quad % 4 : quad;
+                const ByteVec loaded = load_codes(panel + 128 * at + 64 * (half + p));
+                codes[p] = BITS == 8 ? loaded : quad < 4 ? loaded & 15 : loaded >> 4;
+            }
+            for (int r = 0; r < R; ++r) {
+                for (int p = 0; p < P; ++p)
+                    sums[r][p] = dot4<BITS>(sums[r][p], codes[p], q + r * kGroup + 4 * quad);
+            }
         }
+        for (int p = 0; p < P; ++p) {
+            const int64_t at = kLanes * (half + p);
+            const Vec d = BITS == 4 ? load_half((const uint16_t*)(panel + 512) + at)
+                                    : load((const float*)(panel + 1024) + at);
+            for (int r = 0; r < R; ++r) {
+                const IntVec bits = (IntVec)__builtin_convertvector(sums[r][p], Vec);
+                acc[r][p] += (Vec)(bits + x.exponent[its + r]) * d;
+            }
+            if (BITS == 4) {
+                const Vec m = load_half((const uint16_t*)(panel + 512 + 64) + at);
+                for (int r = 0; r < R; ++r) acc[r][p] += m * x.total[its + r];
+            }
+        }
+        panel += BITS == 4 ? kGroupBytes4 : kGroupBytes8;
     }
-    for (int r = 0; r < R; ++r) out[r] = acc[r];
+    for (int r = 0; r < R; ++r)
+        for (int p = 0; p < P; ++p) out[r][half + p] = acc[r][p] * power_of_two(kLeastExponent);
+}
+
+template <int BITS, int R>
+INLINE void multiply(const uint8_t* panel, const Codes& x, int64_t row, Vec (*out)[kHalves]) {
+    constexpr int kTogether = ISA == 512 ? kHalves : 1;  // as there are registers for
+    for (int half = 0; half < kHalves; half += kTogether)
+        multiply<BITS, R, kTogether>(panel, half, x, row, out);
 }
 
 INLINE int64_t panel_bytes(const Matrix& w) {
@@ -131,7 +175,8 @@ INLINE int64_t panel_bytes(const Matrix& w) {
 }
 
 // `count` rows (up to kTile) times one panel, plus its biases.
-void multiply(const Matrix& w, int64_t panel, const Codes& x, int64_t row, int count, Vec* out) {
+void multiply(const Matrix& w, int64_t panel, const Codes& x, int64_t row, int count,
+              Vec (*out)[kHalves]) {
     const uint8_t* at = w.panels + panel * panel_bytes(w);
     int r = 0;
 #define ROWS(R)                                                          \
@@ -139,36 +184,32 @@ void multiply(const Matrix& w, int64_t panel, const Codes& x, int64_t row, int c
         if (w.bits == 4) multiply<4, R>(at, x, row + r, out + r);        \
         else multiply<8, R>(at, x, row + r, out + r);                    \
     }
-#if ISA == 512
-    ROWS(8)
-#endif
     ROWS(4)
     ROWS(2)
     ROWS(1)
 #undef ROWS
     if (w.bias) {
-        const Vec bias = load(w.bias + panel * kPanel);
-        for (int i = 0; i < count; ++i) out[i] += bias;
+        for (int half = 0; half < kHalves; ++half) {
+            const Vec bias = load(w.bias + panel * kPanel + half * kLanes);
+            for (int i = 0; i < count; ++i) out[i][half] += bias;
+        }
     }
 }
 
 // One row of weights as floats: for an embedding that is also the head.
 INLINE void dequantize_row(const Matrix& w, int64_t row, float* out) {
     const uint8_t* panel = w.panels + row / kPanel * panel_bytes(w);
-    const int lane = (int)(row % kPanel);
+    const int64_t half = row % kPanel / kLanes, lane = row % kLanes;
     for (int64_t g = 0; g < w.k / kGroup; ++g) {
+        const Vec d = w.bits == 4 ? load_half((const uint16_t*)(panel + 512) + kLanes * half)
+                                  : load((const float*)(panel + 1024) + kLanes * half);
+        const Vec m = w.bits == 4 ? load_half((const uint16_t*)(panel + 512 + 64) + kLanes * half)
+                                  : d * -128.0f;
         for (int i = 0; i < kGroup; ++i, ++out) {
-            const int quad = i / 4, byte = lane * 4 + i % 4;
-            if (w.bits == 4) {
-                const uint8_t both = panel[64 * (quad % 4) + byte];
-                const int code = quad < 4 ? both & 15 : both >> 4;
-                const Vec d = load_half((const uint16_t*)(panel + 256));
-                const Vec m = load_half((const uint16_t*)(panel + 256 + 32));
-                *out = d[lane] * code + m[lane];
-            } else {
-                const float d = ((const float*)(panel + 512))[lane];
-                *out = d * (panel[64 * quad + byte] - 128);
-            }
+            const int64_t quad = i / 4, byte = 64 * half + 4 * lane + i % 4;
+            const uint8_t code = panel[128 * (w.bits == 4 ? quad % 4 : quad) + byte];
+            const int u = w.bits == 8 ? code : quad < 4 ? code & 15 : code >> 4;
+            *out = d[lane] * u + m[lane];
         }
         panel += w.bits == 4 ? kGroupBytes4 : kGroupBytes8;
     }

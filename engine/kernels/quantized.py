@@ -14,9 +14,9 @@ from torch import Tensor
 from engine.kernels import native
 
 GROUP = 32
-_PANEL = 16
+_PANEL = 32
 _LINE_BYTES = 64
-_GROUP_BYTES = {4: 256 + 64, 8: 512 + 64}  # of a panel
+_GROUP_BYTES = {4: 512 + 128, 8: 1024 + 128}  # of a panel
 
 
 @dataclass(frozen=True, slots=True)

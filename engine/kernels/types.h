@@ -1,8 +1,8 @@
 // What crosses the C interface; `engine/kernels/native.py` declares the same structures.
 
-struct Matrix {  // N outputs x K inputs, in panels of 16 outputs; see quantized.h
+struct Matrix {  // N outputs x K inputs, in panels of 32 outputs; see quantized.h
     const uint8_t* panels;
-    const float* bias;  // [N padded to 16], or null
+    const float* bias;  // [N padded to 32], or null
     int64_t n, k;
     int64_t bits;  // 4 or 8
 };

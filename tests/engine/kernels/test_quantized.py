@@ -13,7 +13,7 @@ LIBRARIES = pytest.mark.parametrize(
     "library", libraries(), ids=lambda library: f"{library.isa} bits wide"
 )
 BITS = pytest.mark.parametrize("bits", [4, 8])
-SIZES = [(16, 32), (48, 64), (33, 96), (7, 576)]  # outputs in whole panels of 16 or not
+SIZES = [(16, 32), (48, 64), (33, 96), (7, 576)]  # outputs in whole panels of 32 or not
 
 
 def random(seed: int) -> torch.Generator:
@@ -35,7 +35,7 @@ def exact_inputs(rows: int, columns: int) -> Tensor:
     """Numbers that 8 bits hold exactly, with a scale for each group of a row."""
     codes = torch.randint(-126, 127, (rows, columns // GROUP, GROUP), generator=random(3))
     codes[..., 5] = 127 * (1 - 2 * (codes[..., 5] & 1))  # the largest of its group
-    scales = torch.rand(rows, columns // GROUP, 1, generator=random(4)) + 0.1
+    scales = 2.0 ** torch.randint(-6, 7, (rows, columns // GROUP, 1), generator=random(4))
     return (codes * scales).flatten(1)
 
 
