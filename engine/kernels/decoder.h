@@ -15,16 +15,16 @@ struct alignas(128) Phase {
 struct Walker {
     Phase* phase;
 
-    // `work(first, last)` gets runs of `grain` tasks.
+    // `work(first, last, next)` gets runs of `grain` tasks, and where its next one begins.
     template <class Work>
     INLINE void run(int64_t count, int64_t grain, Work work) {
         Phase& mine = *phase++;
-        for (;;) {
-            const int64_t first = mine.taken.fetch_add(grain, std::memory_order_relaxed);
-            if (first >= count) break;
-            const int64_t last = smaller(first + grain, count);
-            work(first, last);
+        auto take = [&] { return mine.taken.fetch_add(grain, std::memory_order_relaxed); };
+        for (int64_t first = take(); first < count;) {
+            const int64_t last = smaller(first + grain, count), next = take();
+            work(first, last, next);
             mine.done.fetch_add(last - first, std::memory_order_acq_rel);
+            first = next;
         }
         for (int64_t spins = 0; mine.done.load(std::memory_order_acquire) < count; ++spins) {
             if (spins < 2000) PAUSE();
@@ -119,11 +119,12 @@ INLINE void norm_and_rotate(const Decoder& d, float* head, const float* norm, co
 }
 
 // x += w · codes, over a run of panels.
-INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, float* x, int64_t panel) {
+INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, float* x, int64_t panel,
+                        Upcoming& upcoming) {
     Vec out[kTile][kHalves];
     for (int64_t row = 0; row < num_tokens; row += kTile) {
         const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
-        multiply(w, panel, in, row, count, out);
+        multiply(w, panel, in, row, count, out, upcoming);
         for (int r = 0; r < count; ++r) {
             float* at = x + (row + r) * w.n + panel * kPanel;
             for (int half = 0; half < kHalves; ++half)
@@ -135,7 +136,7 @@ INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, fl
 // Queries, keys or values of one head: product, norm, rotation; keys and values go to the cache.
 template <class T>
 INLINE void project(const Step& s, const Layer& layer, const Attention& a, const Buffers& b,
-                    int64_t head) {
+                    int64_t head, Upcoming& upcoming) {
     const Decoder& d = *s.decoder;
     const int64_t panels = d.dim / kPanel;
     const bool is_query = head < d.heads, is_key = !is_query && head < d.heads + d.kv_heads;
@@ -144,7 +145,7 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
     for (int64_t row = 0; row < s.num_tokens; row += kTile) {
         const int count = (int)smaller<int64_t>(kTile, s.num_tokens - row);
         for (int64_t panel = 0; panel < panels; ++panel) {
-            multiply(layer.qkv, head * panels + panel, b.normed, row, count, out);
+            multiply(layer.qkv, head * panels + panel, b.normed, row, count, out, upcoming);
             for (int r = 0; r < count; ++r)
                 for (int half = 0; half < kHalves; ++half)
                     store(rows[r] + panel * kPanel + half * kLanes, out[r][half]);
@@ -173,12 +174,14 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
 }
 
 // A panel of gate and one of up: one group of the inner activations.
-INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64_t group) {
+INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64_t group,
+                 Upcoming& next_gates, Upcoming& next_ups) {
+    const int64_t up = layer.gate_up.n / 2 / kPanel + group;
     Vec gates[kTile][kHalves], ups[kTile][kHalves];
     for (int64_t row = 0; row < num_tokens; row += kTile) {
         const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
-        multiply(layer.gate_up, group, b.normed, row, count, gates);
-        multiply(layer.gate_up, layer.gate_up.n / 2 / kPanel + group, b.normed, row, count, ups);
+        multiply(layer.gate_up, group, b.normed, row, count, gates, next_gates);
+        multiply(layer.gate_up, up, b.normed, row, count, ups, next_ups);
         for (int r = 0; r < count; ++r) {
             quantize(b.inner, row + r, group, silu(gates[r][0]) * ups[r][0],
                      silu(gates[r][1]) * ups[r][1]);
@@ -224,7 +227,7 @@ void run_layers(const Step& s, const Buffers& b) {
     const Decoder& d = *s.decoder;
     const int64_t num_tokens = s.num_tokens;
     Walker walker = {b.phases};
-    walker.run(num_tokens, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+    walker.run(num_tokens, 1, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
         for (int64_t t = first; t < last; ++t) {
             embed(s, t, b.x + t * d.hidden);
             find_angles(d, s.positions[t], b.cosine + t * d.dim, b.sine + t * d.dim);
@@ -234,16 +237,18 @@ void run_layers(const Step& s, const Buffers& b) {
         const Layer& layer = d.layers[l];
         const Attention a = {layer.keys, layer.values, s.spans, s.blocks, s.num_spans, d.heads,
                              d.kv_heads, d.dim, d.dim, d.block_size, layer.window, d.scale};
-        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        walker.run(num_tokens, 4, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
             for (int64_t t = first; t < last; ++t) {
                 probe(s, l, t, b.x + t * d.hidden);
                 norm_and_quantize(b.x + t * d.hidden, layer.attention_norm, d.eps, b.normed, t);
             }
         });
-        walker.run(d.heads + 2 * d.kv_heads, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-            for (int64_t head = first; head < last; ++head) project<T>(s, layer, a, b, head);
+        walker.run(d.heads + 2 * d.kv_heads, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+            Upcoming upcoming(layer.qkv, next * (d.dim / kPanel), d.dim / kPanel, num_tokens);
+            for (int64_t head = first; head < last; ++head)
+                project<T>(s, layer, a, b, head, upcoming);
         });
-        walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
             for (int64_t i = first; i < last; ++i) {
                 attend<float, T>(
                     a, b.tiles[i], i + 1 < b.num_tiles ? b.tiles + i + 1 : nullptr,
@@ -259,21 +264,28 @@ void run_layers(const Step& s, const Buffers& b) {
                     });
             }
         });
-        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-            for (int64_t p = first; p < last; ++p) add_product(layer.out, b.attended, num_tokens, b.x, p);
+        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+            Upcoming upcoming(layer.out, next, 1, num_tokens);
+            for (int64_t p = first; p < last; ++p)
+                add_product(layer.out, b.attended, num_tokens, b.x, p, upcoming);
         });
-        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        walker.run(num_tokens, 4, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
             for (int64_t t = first; t < last; ++t)
                 norm_and_quantize(b.x + t * d.hidden, layer.mlp_norm, d.eps, b.normed, t);
         });
-        walker.run(d.inner / kGroup, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-            for (int64_t g = first; g < last; ++g) gate(layer, b, num_tokens, g);
+        walker.run(d.inner / kGroup, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+            const int64_t count = d.inner / kPanel;  // of panels of gates, before those of up
+            Upcoming gates(layer.gate_up, next < count ? next : 2 * count, 1, num_tokens);
+            Upcoming ups(layer.gate_up, count + next, 1, num_tokens);
+            for (int64_t g = first; g < last; ++g) gate(layer, b, num_tokens, g, gates, ups);
         });
-        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-            for (int64_t p = first; p < last; ++p) add_product(layer.down, b.inner, num_tokens, b.x, p);
+        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+            Upcoming upcoming(layer.down, next, 1, num_tokens);
+            for (int64_t p = first; p < last; ++p)
+                add_product(layer.down, b.inner, num_tokens, b.x, p, upcoming);
         });
     }
-    walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+    walker.run(num_tokens, 4, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
         for (int64_t t = first; t < last; ++t) {
             const float* x = b.x + t * d.hidden;
             probe(s, d.num_layers, t, x);
@@ -314,6 +326,7 @@ void forward(const Step& s) {
 
 // Quantise rows of x [T, K] and multiply them by w: out [T, N].
 void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8_t* scratch) {
+    if (num_rows == 0) return;
     const int64_t count = num_rows * (w.k / kGroup);
     Codes codes;
     codes.q = (int8_t*)scratch;
@@ -332,10 +345,11 @@ void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8
 #pragma omp parallel for schedule(dynamic, 8)
     for (int64_t panel = 0; panel < num_panels; ++panel) {
         Vec result[kTile][kHalves];
+        Upcoming upcoming(w, panel + 1, 1, num_rows);
         const int64_t width = smaller<int64_t>(kPanel, w.n - panel * kPanel);
         for (int64_t row = 0; row < num_rows; row += kTile) {
             const int count = (int)smaller<int64_t>(kTile, num_rows - row);
-            multiply(w, panel, codes, row, count, result);
+            multiply(w, panel, codes, row, count, result, upcoming);
             for (int r = 0; r < count; ++r)
                 std::memcpy(out + (row + r) * w.n + panel * kPanel, result + r, width * sizeof(float));
         }

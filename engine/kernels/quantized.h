@@ -118,14 +118,40 @@ INLINE ByteVec load_codes(const uint8_t* p) {
     return v;
 }
 
+INLINE int64_t group_bytes(const Matrix& w) { return w.bits == 4 ? kGroupBytes4 : kGroupBytes8; }
+
+INLINE int64_t panel_bytes(const Matrix& w) { return w.k / kGroup * group_bytes(w); }
+
+// Weights that will be multiplied by next: asked for in small portions, some lines for each group of
+// those at hand, so that memory and the dot products work at the same time.
+struct Upcoming {
+    const char* at;
+    const char* end;
+    int64_t lines;
+
+    // Some panels, while as many are multiplied by these rows. There are none past the end of w.
+    INLINE Upcoming(const Matrix& w, int64_t first, int64_t count, int64_t num_rows) {
+        at = (const char*)w.panels + first * panel_bytes(w);
+        end = first * kPanel < w.n ? at + count * panel_bytes(w) : at;
+        const int64_t passes = num_rows / kTile + num_rows % kTile / 2 + num_rows % 2;
+        lines = (group_bytes(w) / 64 + passes - 1) / passes;
+    }
+
+    INLINE void ask() {
+        for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 // R rows from `row` on times P halves of a panel, `half` and those behind it.
 template <int BITS, int R, int P>
-INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row, Vec (*out)[kHalves]) {
+INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row, Vec (*out)[kHalves],
+                     Upcoming& upcoming) {
     const int64_t num_groups = groups(x);
     Vec acc[R][P] = {};
     for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t its = g * x.rows + row;
         const int8_t* q = x.q + its * kGroup;
+        upcoming.ask();
         IntVec sums[R][P] = {};
         if (BITS == 8) {
             for (int r = 0; r < R; ++r)
@@ -164,25 +190,22 @@ INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row
 }
 
 template <int BITS, int R>
-INLINE void multiply(const uint8_t* panel, const Codes& x, int64_t row, Vec (*out)[kHalves]) {
+INLINE void multiply(const uint8_t* panel, const Codes& x, int64_t row, Vec (*out)[kHalves],
+                     Upcoming& upcoming) {
     constexpr int kTogether = ISA == 512 ? kHalves : 1;  // as there are registers for
     for (int half = 0; half < kHalves; half += kTogether)
-        multiply<BITS, R, kTogether>(panel, half, x, row, out);
-}
-
-INLINE int64_t panel_bytes(const Matrix& w) {
-    return w.k / kGroup * (w.bits == 4 ? kGroupBytes4 : kGroupBytes8);
+        multiply<BITS, R, kTogether>(panel, half, x, row, out, upcoming);
 }
 
 // `count` rows (up to kTile) times one panel, plus its biases.
 void multiply(const Matrix& w, int64_t panel, const Codes& x, int64_t row, int count,
-              Vec (*out)[kHalves]) {
+              Vec (*out)[kHalves], Upcoming& upcoming) {
     const uint8_t* at = w.panels + panel * panel_bytes(w);
     int r = 0;
 #define ROWS(R)                                                          \
     for (; r + R <= count; r += R) {                                     \
-        if (w.bits == 4) multiply<4, R>(at, x, row + r, out + r);        \
-        else multiply<8, R>(at, x, row + r, out + r);                    \
+        if (w.bits == 4) multiply<4, R>(at, x, row + r, out + r, upcoming); \
+        else multiply<8, R>(at, x, row + r, out + r, upcoming);          \
     }
     ROWS(4)
     ROWS(2)
