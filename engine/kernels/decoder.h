@@ -63,7 +63,7 @@ INLINE int64_t lay_out(const Decoder& d, const Attention& a, int64_t num_tokens,
     auto codes = [&](int64_t k) INLINE_LAMBDA {
         Codes c;
         c.q = (int8_t*)take(num_tokens * k);
-        c.exponent = (int32_t*)floats(k / kGroup);
+        c.scale = floats(k / kGroup);
         c.total = floats(k / kGroup);
         c.start = (int32_t*)floats(k / kGroup);
         c.rows = num_tokens;
@@ -330,8 +330,8 @@ void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8
     const int64_t count = num_rows * (w.k / kGroup);
     Codes codes;
     codes.q = (int8_t*)scratch;
-    codes.exponent = (int32_t*)(scratch + (num_rows * w.k + 63) / 64 * 64);
-    codes.total = (float*)(codes.exponent + count);
+    codes.scale = (float*)(scratch + (num_rows * w.k + 63) / 64 * 64);
+    codes.total = codes.scale + count;
     codes.start = (int32_t*)(codes.total + count);
     codes.rows = num_rows;
     codes.k = w.k;

@@ -1,11 +1,9 @@
 // Products of 8-bit activations with 4- or 8-bit weights.
 //
 // Both are quantised in groups of 32 along the inputs. A weight is d·u + m, with u a code of 0…15 or
-// 0…255 and d, m of its group; an activation is 2^e·q, q an integer of -127…127. A group contributes
-//     d·2^e·Σuq + m·2^e·Σq
-// where Σuq is exact, so a row's result depends on that row alone: the same bits in every batch. The
-// power of two is added to the exponent of Σuq, which takes no multiplication: these share the units
-// that the dot products keep busy.
+// 0…255 and d, m of its group; an activation is s·q, q an integer of -127…127. A group contributes
+//     d·s·Σuq + m·s·Σq
+// where Σuq is exact, so a row's result depends on that row alone: the same bits in every batch.
 //
 // Weights lie in panels of 32 outputs. For each group a panel holds, for input quads 0…7, the four
 // codes of each output side by side, 128 bytes a quad; with 4 bits, quads j and j + 4 share bytes, low
@@ -19,63 +17,31 @@ constexpr int kTile = 4;  // rows that share a pass over a panel
 constexpr int64_t kGroupBytes4 = 512 + 128;
 constexpr int64_t kGroupBytes8 = 1024 + 128;
 
-// Exponents are kept plus 40, so that they are not negative, and end there: past 2^50 · 127, about
-// 10^17, an activation is the largest one, below 10^-12 it is 0.
-constexpr int kLeastExponent = -40, kMostExponent = 50;
-
 // Quantised rows [T, K], a group of all rows behind another: threads that make different groups do not
 // write to the same cache lines.
 struct Codes {
     int8_t* q;          // [K / 32, T, 32]
-    int32_t* exponent;  // [K / 32, T]: e + 40 where a float has its exponent
-    float* total;       // [K / 32, T]: 2^(e + 40) · Σq
+    float* scale;       // [K / 32, T]
+    float* total;       // [K / 32, T]: scale · Σq
     int32_t* start;     // [K / 32, T]: -128 · Σq
     int64_t rows, k;
 };
 
 INLINE int64_t groups(const Codes& x) { return x.k / kGroup; }
 
-INLINE float power_of_two(int exponent) {
-    const int32_t bits = (exponent + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return power;
-}
-
-// The least e for which 2^e · 127 is not below `top`.
-INLINE int exponent_for(float top) {
-    const float scale = top / 127.0f;
-    int32_t bits;
-    std::memcpy(&bits, &scale, sizeof bits);
-    const int exponent = (bits >> 23) - 127 + ((bits & 0x7fffff) != 0);
-    return larger(kLeastExponent, smaller(kMostExponent, exponent));
-}
-
 // Quantise one group of 32 numbers.
 INLINE void quantize(const Codes& x, int64_t row, int64_t group, Vec a, Vec b) {
-    const int64_t at = group * x.rows + row;
     const float top = largest(max(absolute(a), absolute(b)));
-    if (!(top < INFINITY)) {  // no numbers: nor shall the products be
-        std::memset(x.q + at * kGroup, 0, kGroup);
-        x.exponent[at] = 0x7fc00000;
-        x.total[at] = NAN;
-        x.start[at] = 0;
-        return;
-    }
-    const int exponent = exponent_for(top);
-    const float inverse = power_of_two(-exponent), scale = power_of_two(exponent - kLeastExponent);
-    const float most = 127.0f / inverse;
-    if (top > most) {
-        a = max(-max(-a, splat(-most)), splat(-most));
-        b = max(-max(-b, splat(-most)), splat(-most));
-    }
+    const float scale = top / 127.0f;
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
     const IntVec qa = __builtin_convertvector((a * inverse + kRounder) - kRounder, IntVec);
     const IntVec qb = __builtin_convertvector((b * inverse + kRounder) - kRounder, IntVec);
     const SmallVec small[2] = {__builtin_convertvector(qa, SmallVec),
                                __builtin_convertvector(qb, SmallVec)};
+    const int64_t at = group * x.rows + row;
     std::memcpy(x.q + at * kGroup, small, sizeof small);
     const float sum_of_codes = sum(__builtin_convertvector(qa + qb, Vec));  // exact
-    x.exponent[at] = (exponent - kLeastExponent) << 23;
+    x.scale[at] = scale;
     x.total[at] = scale * sum_of_codes;
     x.start[at] = -128 * (int32_t)sum_of_codes;
 }
@@ -175,8 +141,7 @@ INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row
             const Vec d = BITS == 4 ? load_half((const uint16_t*)(panel + 512) + at)
                                     : load((const float*)(panel + 1024) + at);
             for (int r = 0; r < R; ++r) {
-                const IntVec bits = (IntVec)__builtin_convertvector(sums[r][p], Vec);
-                acc[r][p] += (Vec)(bits + x.exponent[its + r]) * d;
+                acc[r][p] += __builtin_convertvector(sums[r][p], Vec) * (d * x.scale[its + r]);
             }
             if (BITS == 4) {
                 const Vec m = load_half((const uint16_t*)(panel + 512 + 64) + at);
@@ -186,7 +151,7 @@ INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row
         panel += BITS == 4 ? kGroupBytes4 : kGroupBytes8;
     }
     for (int r = 0; r < R; ++r)
-        for (int p = 0; p < P; ++p) out[r][half + p] = acc[r][p] * power_of_two(kLeastExponent);
+        for (int p = 0; p < P; ++p) out[r][half + p] = acc[r][p];
 }
 
 template <int BITS, int R>

@@ -35,7 +35,7 @@ def exact_inputs(rows: int, columns: int) -> Tensor:
     """Numbers that 8 bits hold exactly, with a scale for each group of a row."""
     codes = torch.randint(-126, 127, (rows, columns // GROUP, GROUP), generator=random(3))
     codes[..., 5] = 127 * (1 - 2 * (codes[..., 5] & 1))  # the largest of its group
-    scales = 2.0 ** torch.randint(-6, 7, (rows, columns // GROUP, 1), generator=random(4))
+    scales = torch.rand(rows, columns // GROUP, 1, generator=random(4)) + 0.1
     return (codes * scales).flatten(1)
 
 
