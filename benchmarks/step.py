@@ -1,14 +1,18 @@
 """Where an engine's step goes: decoding steps of some rows in this process, without HTTP.
 
-For each number of rows the median step in milliseconds, and how much of it the parts take: choosing
-the work, the decoder's layers, its head, the logits pipeline with the draw, and everything else.
-Then how fast a prompt is read.
+For each length of the prompts and each number of rows that the cache can hold: tokens per second,
+the megabytes that a step must read (the weights of a quantised decoder, and the cache), the median
+step, and how much of it the parts take: choosing the work, the decoder's layers, its head, the
+logits pipeline with the draw, and everything else. Then how fast a prompt is read.
 
     python -m benchmarks.step
-    python -m benchmarks.step --rows 32 --context 1024 --params '{"temperature": 0.8, "top_k": 50}'
+    python -m benchmarks.step --rows 1 8 32 --context 128 1024 4096
+    python -m benchmarks.step --rows 32 --params '{"temperature": 0.8, "top_k": 50}'
+    python -m benchmarks.step --engine '{"dtype": "float32", "batch_invariant": true}'
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -20,9 +24,11 @@ import torch
 
 from benchmarks import models
 from engine.core import EngineCore
+from engine.models.cpu_decoder import CpuDecoder
 from engine.prepare import ModelInfo, Output
 
 PARTS = ("plan", "layers", "head", "sampler")
+PRODUCTS = ("qkv", "out", "gate_up", "down")  # of a layer
 
 
 class Clock:
@@ -55,12 +61,17 @@ class Clock:
 
 
 def decode(
-    core: EngineCore, info: ModelInfo, clock: Clock, rows: int, args: argparse.Namespace
+    core: EngineCore,
+    info: ModelInfo,
+    clock: Clock,
+    rows: int,
+    context: int,
+    args: argparse.Namespace,
 ) -> dict[str, float]:
     """Median milliseconds of a step in which each of `rows` sequences gets a token."""
-    names = [str(row) for row in range(rows)]
+    names = [f"{context}:{row}" for row in range(rows)]
     for name in names:
-        submit(core, info, name, args.context, {"max_tokens": args.steps + 64} | args.params)
+        submit(core, info, name, context, {"max_tokens": args.steps + 8} | args.params)
     while core.scheduler.waiting or core.step()[1].num_tokens > rows:
         core.step()
     steps = []
@@ -73,6 +84,17 @@ def decode(
         steps.append({"step": whole} | parts | {"rest": whole - sum(parts.values())})
     models.stop(core, names)
     return {name: 1e3 * median(step[name] for step in steps) for name in steps[0]}
+
+
+def moved_mb(core: EngineCore, rows: int, context: int) -> float:
+    """What a step must at least read: quantised weights once, and every row's keys and values."""
+    model = core.model
+    cache = sum(shape.numel for shape in model.kv_shapes) * model.dtype.itemsize
+    weights = 0
+    if isinstance(model, CpuDecoder):
+        products = [getattr(one, name) for one in model.layers for name in PRODUCTS]
+        weights = sum(product.num_bytes for product in [*products, model.head])
+    return (weights + rows * context * cache) / 1e6
 
 
 def prefill(core: EngineCore, info: ModelInfo, tokens: int) -> float:
@@ -96,28 +118,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--context", type=int, default=128, help="tokens in each prompt")
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[128], help="tokens in each prompt"
+    )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prefill", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--params", type=json.loads, default={"temperature": 0})
     parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--engine", type=json.loads, default={}, help="options of the engine")
     parser.add_argument("--json", action="store_true", help="one line of JSON at the end")
     args = parser.parse_args()
     most = max(args.rows)
-    core, info = models.load(
-        args.model, max_num_seqs=most, threads=args.threads, prefix_cache=False
-    )
+    options = {"max_num_seqs": most, "threads": args.threads, "prefix_cache": False}
+    core, info = models.load(args.model, **options | args.engine)
     clock = Clock(core)
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "params": args.params}
-    print(f"{report['threads']} threads, {args.context} tokens of context, {args.params}")
-    print(
-        f"{'rows':>6}{'tok/s':>9}" + "".join(f"{n:>9}" for n in ("step", *PARTS, "rest")) + "  ms"
-    )
-    for rows in args.rows:
-        found = decode(core, info, clock, rows, args)
-        report[f"rows {rows}"] = found
-        rate = 1e3 * rows / found["step"]
-        print(f"{rows:>6}{rate:>9.1f}" + "".join(f"{ms:>9.2f}" for ms in found.values()))
+    report["engine"] = args.engine
+    print(f"{report['threads']} threads, {args.params}, engine {args.engine}")
+    names = ("rows", "context", "tok/s", "MB", *(f"{n} ms" for n in ("step", *PARTS, "rest")))
+    print("".join(f"{name:>11}" for name in names))
+    for context, rows in itertools.product(args.context, args.rows):
+        if rows * (context + args.steps + 8) > info.num_blocks * info.block_size:
+            continue
+        found = decode(core, info, clock, rows, context, args)
+        report[f"rows {rows}, context {context}"] = found
+        rate, moved = 1e3 * rows / found["step"], moved_mb(core, rows, context)
+        print(f"{rows:>11}{context:>11}{rate:>11.1f}{moved:>11.0f}", end="")
+        print("".join(f"{ms:>11.2f}" for ms in found.values()), flush=True)
     for tokens in args.prefill:
         rate = max(prefill(core, info, tokens) for _ in range(3))
         report[f"prefill {tokens}"] = rate

@@ -112,6 +112,12 @@ class EngineConfig(BaseModel):
     prefix_cache: bool = Field(
         default=True, description="Reuse the cached beginnings of earlier sequences"
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="Compute every token by the same operations whatever else is in the batch, so "
+        "that logprobs have the same bits alone and among others. Costs nothing with our CPU "
+        "kernels' quantised weights, which always do; elsewhere it is slower",
+    )
     logprobs_mode: LogprobsMode = Field(
         default=LogprobsMode.RAW_LOGPROBS,
         description="Report logprobs (or logits) of the model's own distribution, or of the one "

@@ -79,7 +79,7 @@ class EngineCore:
         self.mode = config.logprobs_mode
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runners = [
-            Runner(one, num_blocks, config.block_size, device, index)
+            Runner(one, num_blocks, config.block_size, device, index, config.batch_invariant)
             for index, one in enumerate(self.models)
         ]
         vocabulary = Vocabulary(
@@ -225,9 +225,9 @@ class EngineCore:
             view = View(
                 [self._token(samples, *one) for one in zip(numbers, lenses, strict=True)],
                 [self._candidates(samples, *one) for one in zip(numbers, lenses, strict=True)],
-                raw[its],
-                None if samples.logits is None else samples.logits[its],
-                hidden[its],
+                raw[its] if wants.logits else None,
+                samples.logits[its] if wants.logits and samples.logits is not None else None,
+                hidden[its] if wants.hidden else None,
                 [around.coverage(one) for one in members[its]] if wants.coverage else [],
                 partial(ends, group.request),
             )

@@ -48,7 +48,14 @@ def load_engine(
     hf_config = load_config(folder)
     dtype = choose_dtype(config.dtype, hf_config, device)
     tokenizer = Tokenizer(folder)
-    model = load_model(folder, hf_config, dtype, device, quantize=config.quantize)
+    model = load_model(
+        folder,
+        hf_config,
+        dtype,
+        device,
+        quantize=config.quantize,
+        batch_invariant=config.batch_invariant,
+    )
     models = [model]
     if amateur is not None:
         models.append(_load_amateur(config, amateur, tokenizer, dtype, device))
@@ -127,7 +134,14 @@ def _load_amateur(
             f"--amateur-model {name} has another vocabulary than the model it is to be compared "
             "with"
         )
-    return load_model(folder, load_config(folder), dtype, device, quantize=config.quantize)
+    return load_model(
+        folder,
+        load_config(folder),
+        dtype,
+        device,
+        quantize=config.quantize,
+        batch_invariant=config.batch_invariant,
+    )
 
 
 def _identity(folder: Path, dtype: torch.dtype, device: str) -> str:

@@ -46,13 +46,19 @@ class Runner:
     """Owns the KV cache of the model's layers and runs steps."""
 
     def __init__(
-        self, model: Model, num_blocks: int, block_size: int, device: str, index: int = 0
+        self,
+        model: Model,
+        num_blocks: int,
+        block_size: int,
+        device: str,
+        index: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         self.model = model
         self.index = index  # among the engine's models
         self.device = device
         self.block_size = block_size
-        self.attention: Attention = choose_attention(block_size, device)
+        self.attention: Attention = choose_attention(block_size, device, batch_invariant)
         self.cache = [
             LayerCache(
                 _zeros((num_blocks, shape.heads, block_size, shape.key_dim), model.dtype, device),

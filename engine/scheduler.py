@@ -339,6 +339,7 @@ class Scheduler:
         last = {id(branch.parent): index for index, branch in enumerate(branches)}
         live: list[Sequence] = []
         asleep: list[Sequence] = []
+        reseeded: list[Sequence] = []
         starts: dict[int, int] = {}  # how long each heir was before this step
         for index, branch in enumerate(branches):
             parent = branch.parent
@@ -346,6 +347,8 @@ class Scheduler:
             sequence = parent if last[id(parent)] == index else self._fork(parent)
             starts[id(sequence)] = len(sequence.token_ids)
             grow(group.request, sequence, branch)
+            if branch.seed is not None:
+                reseeded.append(sequence)
             if sequence.finish_reason is not None:
                 group.finished.append(sequence)
             else:
@@ -363,6 +366,9 @@ class Scheduler:
             newcomers += self._hand_over(parent, heirs[id(parent)], awake)
         for sequence, source in newcomers:
             self._take_lane(group, sequence, source)
+        for sequence in reseeded:
+            if sequence.lane >= 0:
+                self.lanes.seeds[sequence.lane] = sequence.seed
         written = {id(sequence) for sequence, source in newcomers if source < 0}
         for sequence in live:
             if id(sequence) not in written:
@@ -408,7 +414,6 @@ class Scheduler:
             return []
         keeper = parent if any(heir is parent for heir in waking) else waking[0]
         keeper.lane = lane
-        self.lanes.seeds[lane] = keeper.seed
         return [(heir, lane) for heir in waking if heir is not keeper]
 
     def _divide(self, parent: Sequence, heirs: list[Sequence]) -> None:

@@ -33,8 +33,12 @@ class Attention(Protocol):
         ...
 
 
-def choose_attention(block_size: int, device: str) -> Attention:
-    """Our own kernel on CPU where it was compiled, torch's operations elsewhere."""
+def choose_attention(block_size: int, device: str, batch_invariant: bool = False) -> Attention:
+    """Our own kernel on CPU where it was compiled, torch's operations elsewhere.
+
+    With `batch_invariant` a token's result has the same bits whatever else is in the step; our
+    kernel's always has.
+    """
     if device == "cpu" and native.LIBRARY is not None:
-        return NativeAttention(native.LIBRARY, block_size)
-    return TorchPagedAttention(block_size, device)
+        return NativeAttention(native.LIBRARY, block_size, batch_invariant)
+    return TorchPagedAttention(block_size, device, batch_invariant)

@@ -33,10 +33,12 @@ class NativePlan:
 class NativeAttention:
     """The kernel, with torch's operations for the shapes that it does not do."""
 
-    def __init__(self, library: native.Library, block_size: int) -> None:
+    def __init__(
+        self, library: native.Library, block_size: int, batch_invariant: bool = False
+    ) -> None:
         self._library = library
         self.block_size = block_size
-        self._torch = TorchPagedAttention(block_size, "cpu")
+        self._torch = TorchPagedAttention(block_size, "cpu", batch_invariant)
 
     def plan(self, spans: Seq[Span]) -> NativePlan:
         """Lay out a step. Spans of one token come first, by context length."""

@@ -96,15 +96,22 @@ class AttentionPlan:
 
 
 class TorchPagedAttention:
-    """Writes keys and values into the cache and attends to them."""
+    """Writes keys and values into the cache and attends to them.
 
-    def __init__(self, block_size: int, device: str) -> None:
+    If it is `batch_invariant`, each token attends by itself, so that what is computed for it, and
+    in which order, depends on its own context alone.
+    """
+
+    def __init__(self, block_size: int, device: str, batch_invariant: bool = False) -> None:
         self.block_size = block_size
         self.device = device
+        self.batch_invariant = batch_invariant
         self._workspace: dict[str, Tensor] = {}
 
     def plan(self, spans: Seq[Span]) -> AttentionPlan:
         """Lay out a step. Spans of one token come first, by context length."""
+        if self.batch_invariant:
+            spans = [Span(at, 1, s.blocks) for s in spans for at in range(s.start, s.context_len)]
         slots: list[tuple[int, int]] = []
         decodes: list[_Decodes] = []
         chunks: list[_Chunk] = []
@@ -113,7 +120,7 @@ class TorchPagedAttention:
         for span in spans:
             places = (divmod(at, self.block_size) for at in range(span.start, span.context_len))
             slots += [(span.blocks[index], offset) for index, offset in places]
-            if batch and (span.length > 1 or self._bucket(span) != self._bucket(batch[0])):
+            if batch and not self._go_together(batch[0], span):
                 decodes.append(self._batched(batch, row))
                 batch = []
             if span.length == 1:
@@ -223,6 +230,10 @@ class TorchPagedAttention:
 
     def _used(self, span: Span) -> list[int]:
         return list(span.blocks[: -(-span.context_len // self.block_size)])
+
+    def _go_together(self, one: Span, other: Span) -> bool:
+        alike = other.length == 1 and self._bucket(other) == self._bucket(one)
+        return alike and not self.batch_invariant
 
     def _bucket(self, span: Span) -> int:
         blocks = max(-(-span.context_len // self.block_size), _SMALLEST_BUCKET)

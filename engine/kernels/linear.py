@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TYPICAL_ROWS = 32  # what the packed layout is optimised for
+_TILE = 32  # rows of every product, where a row's bits must not depend on their number
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -26,13 +27,21 @@ class Linear:
     """x ↦ x Wᵀ + b, with W [N, K] and b [N] or None.
 
     With `pack`, W is copied into oneDNN's layout where that is possible, and the original is let
-    go; without, oneDNN reads W as it is, which is slower but shares its memory.
+    go; without, oneDNN reads W as it is, which is slower but shares its memory. If it is
+    `batch_invariant`, every product is one of 32 rows, padded with zeros.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        pack: bool = True,
+        batch_invariant: bool = False,
+    ) -> None:
         self.in_features = weight.shape[1]
         self.out_features = weight.shape[0]
         self.bias = bias
+        self._batch_invariant = batch_invariant
         self._onednn = can_pack(weight.dtype, weight.device)
         if self._onednn and pack:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
@@ -40,10 +49,18 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
+        if not self._batch_invariant:
+            return self._product(x)
+        rows = x.reshape(-1, self.in_features)
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % _TILE))
+        product = torch.cat([self._product(tile) for tile in padded.split(_TILE)])
+        return product[: len(rows)].view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
         if not self._onednn:
             return F.linear(x, self.weight, self.bias)
         if x.numel() == self.in_features:
-            both: Tensor = self(x.reshape(1, -1).expand(2, -1).contiguous())
+            both = self._product(x.reshape(1, -1).expand(2, -1).contiguous())
             return both[0].view(*x.shape[:-1], self.out_features)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.weight, self.bias, "none", [], ""

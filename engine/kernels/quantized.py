@@ -92,6 +92,7 @@ class QuantizedLinear:
             k=self.in_features,
             bits=self.bits,
         )
+        self.num_bytes = len(self._panels)
         library.pack(codes.data_ptr(), d.data_ptr(), m.data_ptr(), self.matrix)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -95,12 +95,18 @@ class Head:
     16-bit weight stays as it is and the product is widened inside the kernel.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, tied: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        tied: bool = False,
+        batch_invariant: bool = False,
+    ) -> None:
         self._weight = weight
         self._bias = None if bias is None else bias.float()
         self._linear = None
         if weight.dtype == torch.float32:
-            self._linear = Linear(weight, self._bias, pack=not tied)
+            self._linear = Linear(weight, self._bias, not tied, batch_invariant)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[R, H] to [R, V] float32."""

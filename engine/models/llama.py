@@ -91,10 +91,12 @@ def load(
     weights: Weights,
     cache_dtype: torch.dtype,
     library: native.Library | None = None,
+    batch_invariant: bool = False,
 ) -> Decoder | CpuDecoder:
     """Build the decoder, taking every weight of the checkpoint.
 
-    With `library`, weights are quantised and its kernels run the layers, if they can.
+    With `library`, weights are quantised and its kernels run the layers, if they can. Their results
+    never depend on the batch; others' do not if it is to be `batch_invariant`.
     """
     ours = _decoder_config(config, weights.device)
     if library is not None and cpu_decoder.can_run(ours, config.intermediate_size):
@@ -107,8 +109,9 @@ def load(
     embedding = weights.take(embed_name, table, wide if tied else None)
     if tied:
         weights.maybe(head_name, table)  # some checkpoints store the tied tensor twice
-    head = Head(embedding if tied else weights.take(head_name, table, wide), tied=tied)
-    layers = _layers(config, ours, weights, None)
+    head_weight = embedding if tied else weights.take(head_name, table, wide)
+    head = Head(head_weight, tied=tied, batch_invariant=batch_invariant)
+    layers = _layers(config, ours, weights, None, batch_invariant)
     norm = weights.take("model.norm.weight", (ours.hidden_size,))
     weights.check_all_used()
     return Decoder(ours, embedding, layers, norm, head)
@@ -190,10 +193,15 @@ def _layer_types(config: Any) -> list[str]:
 
 
 def _layers(
-    config: Any, ours: DecoderConfig, weights: Weights, library: native.Library | None
+    config: Any,
+    ours: DecoderConfig,
+    weights: Weights,
+    library: native.Library | None,
+    batch_invariant: bool = False,
 ) -> list[DecoderLayer]:
+    inner = config.intermediate_size
     return [
-        _layer(weights, f"model.layers.{index}.", ours, config.intermediate_size, library)
+        _layer(weights, f"model.layers.{index}.", ours, inner, library, batch_invariant)
         for index in range(config.num_hidden_layers)
     ]
 
@@ -204,6 +212,7 @@ def _layer(
     config: DecoderConfig,
     inner: int,
     library: native.Library | None,
+    batch_invariant: bool,
 ) -> DecoderLayer:
     """One layer's weights; `inner` is the width of its feed-forward."""
     width, head_dim = config.hidden_size, config.head_dim
@@ -227,7 +236,7 @@ def _layer(
         has_bias = f"{prefix}{next(iter(parts))}_proj.bias" in weights
         bias = tensors("bias") if has_bias else None
         if library is None:
-            return Linear(tensors("weight", columns), bias)
+            return Linear(tensors("weight", columns), bias, batch_invariant=batch_invariant)
         groups = []
         for part, rows in parts.items():
             one = weights.groups(f"{prefix}{part}_proj.weight", (rows, columns))

@@ -9,6 +9,7 @@ from engine.errors import ModelUnavailable
 from engine.kernels import native
 from engine.models import llama
 from engine.models.base import Model
+from engine.models.invariance import is_batch_invariant
 from engine.models.weights import Weights
 
 
@@ -41,18 +42,33 @@ def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
 
 @torch.inference_mode()
 def load_model(
-    folder: Path, config: Any, dtype: torch.dtype, device: str, *, quantize: bool = False
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    quantize: bool = False,
+    batch_invariant: bool = False,
 ) -> Model:
     """Load weights and everything else that runs. Raises ModelUnavailable with the reason.
 
     With `quantize`, a Llama-shaped decoder on a CPU with our kernels multiplies by weights of 8
-    bits, or of 4 where the checkpoint has them; `dtype` is then the cache's alone.
+    bits, or of 4 where the checkpoint has them; `dtype` is then the cache's alone. With
+    `batch_invariant` a token has the same bits in every batch, or the model is refused.
     """
     kernels_can = device == "cpu" and dtype in (torch.float32, torch.bfloat16)
     library = native.LIBRARY if quantize and kernels_can else None
     if llama.fits(config):
         between = dtype if library is None else torch.float32
-        return llama.load(config, Weights(folder, between, device), dtype, library)
-    from engine.models.transformers import TransformersModel
+        weights = Weights(folder, between, device)
+        model: Model = llama.load(config, weights, dtype, library, batch_invariant)
+    else:
+        from engine.models.transformers import TransformersModel
 
-    return TransformersModel(folder, config, dtype, device)
+        model = TransformersModel(folder, config, dtype, device, batch_invariant)
+    if batch_invariant and not is_batch_invariant(model, device):
+        raise ModelUnavailable(
+            f"--batch-invariant: {config.model_type} computes a token differently among others, "
+            "so it cannot be served with it"
+        )
+    return model

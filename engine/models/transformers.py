@@ -114,7 +114,14 @@ class _Shapes:
 class TransformersModel:
     """A Hugging Face causal language model behind the engine's two calls."""
 
-    def __init__(self, folder: Path, config: Any, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        dtype: torch.dtype,
+        device: str,
+        batch_invariant: bool = False,
+    ) -> None:
         """Load and try it. Raises ModelUnavailable with the reason if it cannot be served."""
         text = config.get_text_config(decoder=True)
         kind = config.model_type
@@ -132,12 +139,15 @@ class TransformersModel:
         self._factor /= getattr(text, "logits_scaling", None) or 1.0
         head = model.get_output_embeddings()
         tied = head.weight is model.get_input_embeddings().weight
-        self._head = Head(head.weight.data.to(head_dtype(dtype, device)), head.bias, tied=tied)
+        wide = head.weight.data.to(head_dtype(dtype, device))
+        self._head = Head(wide, head.bias, tied, batch_invariant)
         for module in model.modules():
             module.logitmill_step = self._step
             if type(module) is nn.Linear and module is not head:
                 # Reads the weight where it is, so that nothing is held twice.
-                module.forward = Linear(module.weight, module.bias, pack=False)  # type: ignore
+                module.forward = Linear(  # type: ignore
+                    module.weight, module.bias, False, batch_invariant
+                )
         self.kv_shapes = self._try(kind, text)
         self.context_len = _context_len(text)
 

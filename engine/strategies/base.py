@@ -16,6 +16,7 @@ class Wants:
     top: int = 0  # that many of the likeliest tokens, after penalties and bans
     perturbed: bool = False  # the likeliest after Gumbel noise has been added, instead
     hidden: bool = False  # the newest token's final hidden state
+    logits: bool = False  # the whole rows, before and after penalties and bans
     coverage: bool = False  # how its attention is spread over the prompt
 
 
@@ -23,8 +24,8 @@ class Wants:
 class View:
     """What a strategy sees of a step; entry i belongs to live sequence i.
 
-    `raw` and `logits` [m, V] are the model's own and those after penalties and bans; hidden is
-    [m, H]; a coverage [prompt length] sums to 1.
+    Where it wants them: `raw` and `logits` [m, V], the model's own and those after penalties and
+    bans; hidden [m, H]; a coverage [prompt length], which sums to 1.
     """
 
     tokens: list[Token]  # what the sampler chose, with its logprobs

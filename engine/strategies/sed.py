@@ -43,7 +43,7 @@ class SelfEvaluation(Plain):
         assert request.params.sed is not None
         self.params = request.params.sed
         self.width = self.params.k
-        self.wants = Wants(top=self.params.k)
+        self.wants = Wants(top=self.params.k, logits=True)
         self.question = tuple(Token(token_id, "") for token_id in request.question_ids)
         self.verdicts = list(request.verdict_ids)
         self.main: Sequence | None = None  # while it sleeps
