@@ -16,10 +16,13 @@ JSON comes last.
     python -m benchmarks.compare ours=http://127.0.0.1:8000 llama=http://127.0.0.1:8080 \\
         --clients 1 8 32 --rounds 3 --params '{"temperature": 0.8, "top_k": 50}' \\
         --params-for llama='{"cache_prompt": false}'
+    python -m benchmarks.compare greedy=http://127.0.0.1:8000 mixed=http://127.0.0.1:8000 \\
+        --params-for mixed="$(python -m benchmarks.logits --methods)"
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 from collections import deque
@@ -116,9 +119,9 @@ def main() -> None:
     for name, url in args.servers:
         load = serve.load_of(args, url)
         times_before = sum(other.url == url for other in loads.values())
-        loads[name] = replace(
-            load, params=load.params | own.get(name, {}), seed=f"{load.seed}:{times_before}"
-        )
+        more = serve.as_list(own.get(name, {}))
+        params = [one | other for one, other in itertools.product(load.params, more)]
+        loads[name] = replace(load, params=params, seed=f"{load.seed}:{times_before}")
         serve.warm_up(loads[name], max(args.clients))
     loops: dict[str, dict[str, Any]] = {}
     print(HEAD)

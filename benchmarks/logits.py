@@ -329,7 +329,17 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="'': no engine's step")
     parser.add_argument("--traced-steps", type=int, default=60, help="steps of each kind")
     parser.add_argument("--json", action="store_true", help="also as one line of JSON")
+    parser.add_argument(
+        "--methods", action="store_true", help="only print each method's parameters, as JSON"
+    )
     args = parser.parse_args()
+    if args.methods:
+        # For requests of 128 tokens.
+        greedy = [
+            GREEDY | given for given in (CHANGES | {"min_tokens": {"min_tokens": 100}}).values()
+        ]
+        print(json.dumps([{"temperature": 1.0} | given for given in FILTERS.values()] + greedy))
+        return
     if os.environ.get("LOGITMILL_KERNELS", "auto") != args.kernels:
         # They are chosen when the engine is imported.
         command = [sys.executable, "-m", "benchmarks.logits", *sys.argv[1:]]

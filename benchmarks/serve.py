@@ -51,7 +51,7 @@ class Load:
     model: str
     prompt_tokens: int
     output_tokens: int
-    params: dict[str, Any]  # None leaves out what is otherwise sent
+    params: list[dict[str, Any]]  # dealt to the requests; None leaves out what is otherwise sent
     text: bool  # prompts of letters, about a token each, instead of token ids
     seed: str
 
@@ -64,7 +64,7 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        body = fixed | self.params
+        body = fixed | self.params[number % len(self.params)]
         return {name: value for name, value in body.items() if value is not None}
 
     def prompt(self, draw: random.Random) -> str | list[int]:
@@ -192,7 +192,12 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, help="default: 3 for each client")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--params", type=json.loads, default={"temperature": 0})
+    parser.add_argument(
+        "--params",
+        type=json.loads,
+        default={"temperature": 0},
+        help="JSON; of a list each request gets the next",
+    )
     parser.add_argument("--text", action="store_true", help="prompts of letters, not token ids")
     parser.add_argument(
         "--seed",
@@ -206,7 +211,11 @@ def load_of(args: argparse.Namespace, url: str) -> Load:
     """What the options ask of the server at `url`, of the first model that it lists."""
     model = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
     lengths = args.prompt_tokens, args.output_tokens
-    return Load(url, model, *lengths, args.params, args.text, str(args.seed))
+    return Load(url, model, *lengths, as_list(args.params), args.text, str(args.seed))
+
+
+def as_list(params: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return params if isinstance(params, list) else [params]
 
 
 @contextmanager

@@ -100,6 +100,17 @@ def test_a_server_named_twice_never_gets_a_prompt_again() -> None:
     assert len({tuple(body["prompt"]) for _, body in log}) == len(log) == 2 * WARM_UP + 2 * 2 * 4
 
 
+def test_a_list_of_parameters_is_dealt_to_the_requests() -> None:
+    log: list[tuple[str, Any]] = []
+    with stand_in("a", log, None) as a:
+        dealt = ["--params-for", 'a=[{"top_k": 1}, {"top_k": 2}]']
+        compared(f"a={a}", "--rounds", "1", "--requests", "4", "--params", '{"seed": 7}', *dealt)
+
+    bodies = [body for _, body in log[WARM_UP:]]
+    assert all(body["seed"] == 7 for body in bodies)
+    assert sorted(body["top_k"] for body in bodies) == [1] * 4 + [2] * 4
+
+
 def test_a_line_for_each_server_sums_up_its_rounds(tiny_folder: Path) -> None:
     log: list[tuple[str, Any]] = []
     usage = {"prompt_tokens": 17, "completion_tokens": 9}
