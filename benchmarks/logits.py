@@ -334,9 +334,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.methods:
-        # For requests of 128 tokens.
+        # For requests of no fewer tokens.
         greedy = [
-            GREEDY | given for given in (CHANGES | {"min_tokens": {"min_tokens": 100}}).values()
+            GREEDY | given for given in (CHANGES | {"min_tokens": {"min_tokens": 16}}).values()
         ]
         print(json.dumps([{"temperature": 1.0} | given for given in FILTERS.values()] + greedy))
         return

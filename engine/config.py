@@ -101,6 +101,13 @@ class EngineConfig(BaseModel):
         description="Most tokens computed in one step; longer prompts are split. Default: 512 on "
         "CPU, 4096 on CUDA",
     )
+    prefill_ratio: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most prompt tokens computed in a step for each sequence that gets a token in "
+        "it, but at least 16: so a long prompt does not hold up running streams. Default: 3 on "
+        "CPU, no limit on CUDA",
+    )
     max_beam_width: int = Field(
         default=64, ge=1, description="Most hypotheses a beam search may keep"
     )
@@ -142,3 +149,7 @@ class EngineConfig(BaseModel):
         """The token budget of a step on this device."""
         budget = self.max_batch_tokens or (512 if device == "cpu" else 4096)
         return max(budget, self.max_num_seqs)
+
+    def prompt_tokens_beside(self, device: str) -> int | None:
+        """How many prompt tokens a step may have for each running sequence; None: any number."""
+        return self.prefill_ratio or (3 if device == "cpu" else None)

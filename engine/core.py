@@ -93,6 +93,7 @@ class EngineCore:
             self.sampler,
             budget=config.batch_tokens(device),
             prefix_cache=config.prefix_cache,
+            prefill_ratio=config.prompt_tokens_beside(device),
         )
 
     # -- requests

@@ -20,6 +20,7 @@ from engine.sampler import Sampler
 from engine.strategies.base import Branch
 from engine.types import BlockCopy, Chunk, Group, Plan, Sequence
 
+_LEAST_BESIDE = 16  # prompt tokens beside running sequences, however few those are
 _PLACEHOLDER = 0  # the token id of a thought, which nobody reads
 
 
@@ -39,11 +40,13 @@ class Scheduler:
         *,
         budget: int,
         prefix_cache: bool,
+        prefill_ratio: int | None = None,
     ) -> None:
         self.pools = pools
         self.lanes = lanes
         self.sampler = sampler
         self.budget = budget
+        self.prefill_ratio = prefill_ratio
         self.prefix_cache = prefix_cache
         self.waiting: list[Group] = []
         self.running: list[Group] = []
@@ -97,9 +100,12 @@ class Scheduler:
         budget = self.budget
         preempted = self.num_preemptions
         planned: set[int] = set()
+        shared = False
         for group in sorted(self.running, key=_catching_up):
             if group not in self.running:
                 continue
+            if _catching_up(group) and not shared:
+                budget, shared = self._beside(plan, budget), True
             chunks = self._chunks(group, budget)
             while not self._reserve(group, chunks, plan):
                 victim = next(g for g in reversed(self.running) if id(g) not in planned)
@@ -110,8 +116,14 @@ class Scheduler:
                 planned.add(id(group))
                 budget -= sum(chunk.length for chunk in chunks)
         if preempted == self.num_preemptions:
-            self._admit_waiting(plan, budget)
+            self._admit_waiting(plan, budget if shared else self._beside(plan, budget))
         return plan
+
+    def _beside(self, plan: Plan, budget: int) -> int:
+        """What is left for prompts beside the sequences that get a token in this step."""
+        if self.prefill_ratio is None or not plan.chunks:
+            return budget
+        return min(budget, max(_LEAST_BESIDE, self.prefill_ratio * len(plan.chunks)))
 
     def _admit_waiting(self, plan: Plan, budget: int) -> None:
         while self.waiting and budget > 0:

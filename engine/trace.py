@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
-from engine.logits.pipeline import Pipeline, run_transforms
+from engine.logits.pipeline import Pipeline, run_transforms, widening
 from engine.logits.stage import Filter, Stage
 from engine.numerics import NEG_INF, best, log_sum_exp, scan
 from engine.rng import Domain, gumbel, uniform
@@ -43,12 +43,13 @@ class RowTrace:
         self._final = self._candidates.dense()
         values, ids = best(self._final, top)
         entropy, varentropy = _moments(raw)
+        self._raw_total = log_sum_exp(raw)
         self._shared = TokenTrace(
             entropy=entropy,
             varentropy=varentropy,
             temperature=0.0 if greedy else float(self._candidates.temperature[0]),
             stages=tuple(stages),
-            before=_likeliest(raw, top),
+            before=_likeliest(raw, top, self._raw_total),
             after=_top(ids[0], self._prob(values[0]), top),
             rank=0,
             prob_before=0.0,
@@ -62,7 +63,7 @@ class RowTrace:
         It is `certain` if none but the likeliest could come: this one, or one that was not chosen.
         """
         own = self._raw[0, token_id]
-        top, shift = log_sum_exp(self._raw)
+        top, shift = self._raw_total
         drawn = float(self._prob(self._final[0, token_id]))
         if certain:
             drawn = float(token_id == int(scan(self._final)[1]))
@@ -103,8 +104,8 @@ class RowTrace:
 def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace, ...]:
     """The likeliest next tokens of chosen layers, from their logits [n, V]: the logit lens."""
     return tuple(
-        LayerTrace(layer, _likeliest(logits[index, None], top))
-        for index, layer in enumerate(layers)
+        LayerTrace(layer, _likeliest(one, top, log_sum_exp(one)))
+        for layer, one in zip(layers, logits.split(1), strict=True)
     )
 
 
@@ -122,25 +123,25 @@ def _filtered(
             left = int(candidates.count)
             if left != count:
                 gone = candidates.dense() == NEG_INF
-                mass = float(_probs(before.dense())[gone].sum())
-                noted.append(StageTrace(_name(stage), left, mass))
+                noted.append(StageTrace(_name(stage), left, _mass(before.dense(), gone)))
             elif float(candidates.temperature[0]) != float(before.temperature[0]):
                 noted.append(StageTrace(_name(stage), left, 0.0))
         candidates.settle()
         if not bool(candidates.unsure.any()):
             stages += noted
             return candidates
-        candidates = candidates.wider(torch.zeros_like(rows.lanes))
+        candidates = candidates.wider(torch.zeros_like(rows.lanes), widening(filters))
 
 
 def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:
     """What a transform did: tokens left, and the mass of those it banned."""
     gone = after == NEG_INF
-    return StageTrace(_name(stage), int((~gone).sum()), float(_probs(before)[gone].sum()))
+    return StageTrace(_name(stage), int((~gone).sum()), _mass(before, gone))
 
 
-def _probs(logits: Tensor) -> Tensor:
-    return logits.double().softmax(1)
+def _mass(logits: Tensor, where: Tensor) -> float:
+    """The probability of some tokens [1, V] bool together."""
+    return float(logits[0].double().softmax(0).dot(where[0].double()))
 
 
 def _name(stage: Stage) -> str:
@@ -150,16 +151,19 @@ def _name(stage: Stage) -> str:
 
 def _moments(raw: Tensor) -> tuple[float, float]:
     """Entropy in nats and varentropy in nats² of a row's softmax."""
-    logits = raw[0].double()
-    surprise = (logits.logsumexp(0) - logits).clamp_(max=1e30)  # 0 times infinity is no number
-    probs = surprise.neg().exp_()
-    entropy = probs.dot(surprise)
-    return float(entropy), float(probs.dot((surprise - entropy).square_()))
+    below = raw[0].double()
+    below = below - below.max()
+    mass = below.exp()
+    total = mass.sum()
+    below.clamp_(min=-1e30)  # 0 times infinity is no number
+    mean = mass.dot(below) / total
+    varentropy = mass.dot((below - mean).square_()) / total
+    return float(total.log() - mean), float(varentropy)
 
 
-def _likeliest(logits: Tensor, top: int) -> tuple[Probability, ...]:
+def _likeliest(logits: Tensor, top: int, total: tuple[Tensor, Tensor]) -> tuple[Probability, ...]:
     values, ids = best(logits, top)
-    largest, shift = log_sum_exp(logits)
+    largest, shift = total
     return _top(ids[0], (values - largest - shift)[0].exp(), top)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, rank, summarise
 
 WIDTH = 256
-WIDER = 16  # times as many, where those were not enough
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
 
 
@@ -48,10 +47,10 @@ class Candidates:
         self._everything: Tensor | None = None
         self._known_at = self.temperature
 
-    def wider(self, rows: Tensor) -> "Candidates":
+    def wider(self, rows: Tensor, times: int) -> "Candidates":
         """Some rows [r] as they were at first, with more candidates."""
         index = rows if self._index is None else self._index[rows]
-        other = Candidates(self._source, self.width * WIDER, index)
+        other = Candidates(self._source, self.width * times, index)
         if self._everything is not None:
             other._everything, other._known_at = self._everything[:, rows], self._known_at[rows]
             if self._cut is not None:

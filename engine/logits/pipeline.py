@@ -166,12 +166,18 @@ def run_filters(
             return parts
         subset = unsure if subset is None else [subset[row] for row in unsure]
         index = torch.tensor(unsure, device=logits.device)
-        candidates, rows = candidates.wider(index), rows.select(unsure, index)
+        rows = rows.select(unsure, index)
         stages = stages if wanted is None else wanted(rows)
+        candidates = candidates.wider(index, widening(stages))
 
 
 def _observes(stage: type[Stage]) -> bool:
     return issubclass(stage, Filter) and stage.observe is not Filter.observe
+
+
+def widening(filters: Sequence[Stage]) -> int:
+    """How many times as many candidates the rows of these get."""
+    return max(stage.widening for stage in filters if isinstance(stage, Filter))
 
 
 def dense(parts: Sequence[Filtered], like: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Transform(Stage):
 class Filter(Stage):
     """Shapes what is drawn from: temperature and truncation. Not for greedy rows."""
 
+    widening: ClassVar[int] = 8  # times as many candidates, where those were not enough
+
     def apply(self, candidates: "Candidates", rows: Rows) -> None:
         """Scale or drop candidates. Neutral rows stay as they are, rows do not depend on others."""
         raise NotImplementedError

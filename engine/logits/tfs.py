@@ -17,6 +17,7 @@ class TailFree(Filter):
     """
 
     fields = ("tfs",)
+    widening = 16  # it must see nearly all of the curve
 
     def __init__(self, lanes: Lanes) -> None:
         self.tfs = lanes.column(torch.float32, neutral=1.0)
