@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -41,7 +42,7 @@ from engine.logits.pipeline import Pipeline
 from engine.params import SamplingParams
 from engine.prepare import Output
 from engine.sampler import Sampler
-from engine.types import Request, Rows, TraceWish
+from engine.types import Beside, Request, Rows, TraceWish
 from engine.vocabulary import Vocabulary
 
 PROMPT, OUTPUT = 256, 128  # tokens in each history at first
@@ -82,6 +83,15 @@ FILTERS: dict[str, dict[str, Any]] = {
     "xtc": {"xtc_probability": 0.5},
     "entropix": {"entropix": {}},
 }
+# These see other logits beside a row's own: of a companion, or of earlier layers.
+BESIDE: dict[str, dict[str, Any]] = {
+    "guidance": {"guidance_scale": 1.5},
+    "contrastive decoding": {"cd_amateur": "a smaller model"},
+    "dola": {"dola_layers": "low"},
+    "kl temperature": {"kl_bandwidth": 0.5, "kl_reference_prompt": "some text"},
+    "normalise": {"use_beam_search": True, "sampler_order": "hf"},
+}
+EARLY = 9  # layers that "low" means for SmolLM2-135M
 CHAINS: dict[str, dict[str, Any]] = {
     "top_k 50, top_p .9 at .8": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
 }
@@ -100,6 +110,7 @@ class Case:
         self.pipeline = Pipeline(STAGES, self.lanes, ORDERS)
         self.sampler = Sampler(self.lanes, self.pipeline, LogprobsMode.RAW_LOGPROBS)
         self.inside_s = 0.0
+        self.beside = _beside(params, vocab_size)
         for lane, given in enumerate(params):
             # Some tokens are frequent, as in any text, so that some n-grams come again.
             ranks = torch.rand(PROMPT + OUTPUT, generator=generator) ** 3 * 500
@@ -115,7 +126,7 @@ class Case:
         self.inside_s = 0.0
         begin = time.perf_counter()
         positions = [self.position] * len(self.rows)
-        rows = Rows.build(self.rows, positions, "cpu")
+        rows = replace(Rows.build(self.rows, positions, "cpu"), beside=self.beside)
         chosen = self.sampler(logits, rows).token_ids
         self.lanes.append(self.rows, [self.position + 1] * len(self.rows), chosen)
         self.position += 1
@@ -150,6 +161,28 @@ def _fastest(sets: list[list[float]]) -> float | None:
     return round(1e3 * sum(min(seconds) for seconds in sets) / len(sets), 3)
 
 
+def _beside(params: list[dict[str, Any]], vocab_size: int) -> Beside | None:
+    """The other logits that some rows see."""
+    seeing = [
+        row
+        for row, given in enumerate(params)
+        if any(one.items() <= given.items() for one in BESIDE.values())
+    ]
+    layered = [row for row in seeing if "dola_layers" in params[row]]
+    if not seeing:
+        return None
+    places, early_places = torch.full((2, len(params)), -1)
+    places[seeing], early_places[layered] = torch.arange(len(seeing)), torch.arange(len(layered))
+    early = like_a_models(len(layered) * EARLY, vocab_size, SETS).unflatten(0, (-1, EARLY))
+    return Beside(
+        companions=like_a_models(len(seeing), vocab_size, SETS + 1),
+        companion_of=places,
+        early=early if layered else None,
+        early_of=early_places if layered else None,
+        early_count=torch.full((len(layered),), EARLY) if layered else None,
+    )
+
+
 def _request(params: dict[str, Any], prompt: list[int], seed: int) -> Request:
     checked = SamplingParams.model_validate(params)
     return Request(
@@ -182,7 +215,7 @@ def like_a_models(rows: int, vocab_size: int, seed: int) -> Tensor:
 def dealt(count: int) -> list[dict[str, Any]]:
     """All methods, one to each row; where rows are few, several to each if they go together."""
     hands: list[dict[str, Any]] = [{} for _ in range(count)]
-    methods = [*FILTERS.values(), *CHANGES.values()]
+    methods = [*BESIDE.values(), *FILTERS.values(), *CHANGES.values()]
     for index, method in enumerate(methods * -(-count // len(methods))):
         for hand in [*hands[index % count :], *hands[: index % count]]:
             if _together(hand, method) and (index < len(methods) or not hand):
@@ -208,7 +241,7 @@ def pipelines(rows: int, vocab_size: int, repetitions: int) -> dict[str, Timing]
         "greedy": [GREEDY] * rows,
         "plain sampling": [{"temperature": 0.8}] * rows,
         **{name: [GREEDY | given] * rows for name, given in CHANGES.items()},
-        **{name: [given] * rows for name, given in (FILTERS | CHAINS).items()},
+        **{name: [given] * rows for name, given in (FILTERS | CHAINS | BESIDE).items()},
         "each row another": dealt(rows),
     }
     cases = {name: Case(given, vocab_size, steps) for name, given in params.items()}
@@ -242,7 +275,7 @@ def pipelines(rows: int, vocab_size: int, repetitions: int) -> dict[str, Timing]
 
 def traced_step(model: str, rows: int, steps: int, threads: int | None) -> dict[str, float]:
     """A real engine's step with one traced row and with none, in turn."""
-    core, info = models.load(model, max_num_seqs=rows, threads=threads)
+    core, info = models.load(model, max_num_seqs=rows, threads=threads, prefill_ratio=1 << 20)
     names = [str(row) for row in range(rows)]
     for row, name in enumerate(names):
         prompt = torch.randint(1000, 30000, (PROMPT // 2,), generator=_generator(row)).tolist()

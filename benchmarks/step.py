@@ -71,7 +71,7 @@ def decode(
     """Median milliseconds of a step in which each of `rows` sequences gets a token."""
     names = [f"{context}:{row}" for row in range(rows)]
     for name in names:
-        submit(core, info, name, context, {"max_tokens": args.steps + 8} | args.params)
+        submit(core, info, name, context, {"max_tokens": needed(rows, context, args)} | args.params)
     while core.scheduler.waiting or core.step()[1].num_tokens > rows:
         core.step()
     steps = []
@@ -84,6 +84,11 @@ def decode(
         steps.append({"step": whole} | parts | {"rest": whole - sum(parts.values())})
     models.stop(core, names)
     return {name: 1e3 * median(step[name] for step in steps) for name in steps[0]}
+
+
+def needed(rows: int, context: int, args: argparse.Namespace) -> int:
+    """Tokens of output that none uses up while the prompts of the others are read."""
+    return int(args.steps) + 64 + rows * context // 256
 
 
 def moved_mb(core: EngineCore, rows: int, context: int) -> float:
@@ -130,6 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     most = max(args.rows)
     options = {"max_num_seqs": most, "threads": args.threads, "prefix_cache": False}
+    options["prefill_ratio"] = 1 << 20  # all prompts first, then only steps of one token each
     core, info = models.load(args.model, **options | args.engine)
     clock = Clock(core)
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "params": args.params}
@@ -138,7 +144,7 @@ def main() -> None:
     names = ("rows", "context", "tok/s", "MB", *(f"{n} ms" for n in ("step", *PARTS, "rest")))
     print("".join(f"{name:>11}" for name in names))
     for context, rows in itertools.product(args.context, args.rows):
-        if rows * (context + args.steps + 8) > info.num_blocks * info.block_size:
+        if rows * (context + needed(rows, context, args)) > info.num_blocks * info.block_size:
             continue
         found = decode(core, info, clock, rows, context, args)
         report[f"rows {rows}, context {context}"] = found

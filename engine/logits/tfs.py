@@ -5,6 +5,7 @@ import torch
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 
@@ -34,12 +35,16 @@ class TailFree(Filter):
         if width < 3:  # too few to see anything bend
             candidates.keep(candidates.alive, active, inside=torch.zeros_like(active))
             return
-        probs, alive = candidates.probs, candidates.alive
+        probs = candidates.probs
         rank = torch.arange(width, device=probs.device)
-        count = alive.sum(1, keepdim=True)
-        # Asking a GPU would mean waiting for it.
-        some_dropped = not alive.is_cpu or bool((count < width).any())
+        # Of a row that is whole only the last candidates can be banned ones. Asking a GPU would
+        # mean waiting for it.
+        all_there = candidates.whole & (candidates.logits[:, -1] > NEG_INF)
+        some_dropped = not probs.is_cpu or not bool(all_there.all())
+        count = torch.full_like(tfs, width, dtype=torch.int64)
         if some_dropped:  # they go to the end
+            alive = candidates.alive
+            count = alive.sum(1, keepdim=True)
             place = torch.where(alive, alive.cumsum(1), count + (~alive).cumsum(1)) - 1
             probs = torch.zeros_like(probs).scatter_(1, place, probs)
         bends = probs.diff(dim=1).diff(dim=1).abs()
