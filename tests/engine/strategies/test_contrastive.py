@@ -411,7 +411,7 @@ def test_company_changes_nothing(oracle: Oracle) -> None:
 
 
 def test_neither_does_preemption(oracle: Oracle) -> None:
-    short = cramped(oracle.core, 20)
+    short = cramped(oracle.core, 18)
     assert_the_same_in_company(oracle.core, short, *mixed(oracle, 12))
     assert short.scheduler.num_preemptions > 1
 
