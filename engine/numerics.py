@@ -111,14 +111,19 @@ def finite(values: Tensor) -> Tensor:
     return values.clamp(-1e30, 1e30).float()
 
 
+def row_sum(x: Tensor) -> Tensor:
+    """The sum of each row, [..., 1] float64, accumulated over blocks."""
+    return blocked(x, 0.0).sum(-1).double().sum(-1, keepdim=True)
+
+
 def deviation(logits: Tensor) -> Tensor:
     """The population standard deviation of each row's finite entries, [R, 1]."""
     if (library := _kernels(logits)) is not None:
         return library.deviation(logits).unsqueeze(1)
     alive = logits > NEG_INF
-    count = _row_sum(alive.float())
-    mean = (_row_sum(torch.where(alive, logits, 0.0)) / count).float()
-    variance = _row_sum(torch.where(alive, logits - mean, 0.0).square_()) / count
+    count = row_sum(alive.float())
+    mean = (row_sum(torch.where(alive, logits, 0.0)) / count).float()
+    variance = row_sum(torch.where(alive, logits - mean, 0.0).square_()) / count
     return variance.sqrt_().float()
 
 
@@ -163,11 +168,6 @@ def best(logits: Tensor, width: int, index: Tensor | None = None) -> tuple[Tenso
 def _kernels(logits: Tensor) -> native.Library | None:
     fits = logits.is_cpu and logits.dtype == torch.float32 and logits.stride(1) == 1
     return native.LIBRARY if fits else None
-
-
-def _row_sum(x: Tensor) -> Tensor:
-    """The sum of each row, [R, 1] float64, accumulated over blocks."""
-    return blocked(x, 0.0).sum(-1).double().sum(-1, keepdim=True)
 
 
 def _first(mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
-from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, scan, scanned
+from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, row_sum, scan, scanned
 from engine.rng import Domain, gumbel, uniform
 from engine.strategies.base import Wants
 from engine.trace import RowTrace
@@ -250,9 +250,9 @@ class Sampler:
         logprobs = raw[watching].double().log_softmax(1)
         probs = logprobs.exp()
         bits = torch.where(probs > 0.0, -logprobs / math.log(2.0), 0.0)
-        mean = (probs * bits).sum(1, keepdim=True)
+        mean = row_sum(probs * bits)
         entropy[watching] = mean.float()
-        varentropy[watching] = (probs * (bits - mean) ** 2).sum(1, keepdim=True).float()
+        varentropy[watching] = row_sum(probs * (bits - mean) ** 2).float()
         beside = rows.beside or Beside()
         if beside.companions is not None and beside.companion_of is not None:
             other = beside.companions[beside.companion_of[watching].clamp(min=0)]
@@ -306,7 +306,7 @@ def _token(
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Σ p ln(p / q) of rows [R, V], with both clipped to 1e-7 and the sum to 0: [R, 1]."""
     p, q = p.clamp(1e-7, 1.0), q.clamp(1e-7, 1.0)
-    return (p * (p / q).log()).sum(1, keepdim=True).clamp(min=0.0)
+    return row_sum(p * (p / q).log()).clamp(min=0.0)
 
 
 def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
-from engine.numerics import NEG_INF, finite, log_softmax
+from engine.numerics import NEG_INF, finite, log_softmax, row_sum
 from engine.types import Request, Rows
 
 _SHALLOW = 40  # models of more layers take their buckets from the first and the last 20
@@ -88,7 +88,7 @@ def _mean_divergence(middle: Tensor, log_middle: Tensor, final: Tensor, early: T
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p (ln p - ln q) over the vocabulary."""
-    return torch.where(p > 0.0, p * (log_p - log_q), 0.0).sum(-1)
+    return row_sum(torch.where(p > 0.0, p * (log_p - log_q), 0.0)).squeeze(-1)
 
 
 def early_layers(chosen: str | Sequence[int], num_layers: int, tied: bool) -> tuple[int, ...]:

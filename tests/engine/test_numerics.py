@@ -19,6 +19,7 @@ from engine.numerics import (
     deviation,
     log_sum_exp,
     rank,
+    row_sum,
     scan,
     scanned,
     summarise,
@@ -259,3 +260,13 @@ def test_the_kernels_are_used_only_for_what_they_can_read() -> None:
     assert numerics._kernels(rows.double()) is None
     assert numerics._kernels(rows.t()) is None
     assert numerics._kernels(rows) is native.LIBRARY
+
+
+@SIZES
+def test_a_sum_has_the_same_bits_in_every_number_of_rows(vocab_size: int) -> None:
+    x = random_rows(8, vocab_size).double().exp()  # sums of float32 numbers would be exact
+    with several_threads():
+        whole = row_sum(x)
+        for size in (1, 3):
+            assert torch.equal(torch.cat([row_sum(rows) for rows in x.split(size)]), whole)
+    close(whole, x.sum(1, keepdim=True))
