@@ -1,5 +1,6 @@
 """What the engine needs to know of a model, whatever runs it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -114,6 +115,21 @@ class Head:
             return self._linear(hidden.float())
         logits = torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
         return logits if self._bias is None else logits + self._bias
+
+
+class RowByRow:
+    """A function of [..., N] that gets each row by itself.
+
+    torch computes the last few entries of a tensor, and of each thread's share of it, by other code
+    than the rest. Which those are depends on the number of rows, but not if there is one.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).split(1)
+        return torch.cat([self._function(row) for row in rows]).view(x.shape)
 
 
 def head_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

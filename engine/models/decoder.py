@@ -15,7 +15,7 @@ from engine.attention import Attention
 from engine.attention.torch_paged import LayerCache
 from engine.kernels.linear import Linear
 from engine.kernels.quantized import QuantizedLinear
-from engine.models.base import ForwardInput, Head, KVShape, Query
+from engine.models.base import ForwardInput, Head, KVShape, Query, RowByRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,14 @@ class Decoder:
         layers: list[DecoderLayer],
         norm: Tensor,  # [H]
         head: Head,
+        batch_invariant: bool = False,
     ) -> None:
         self.config = config
         self.embedding = embedding
         self.layers = layers
         self.norm = norm
         self.head = head
+        self.silu = RowByRow(F.silu) if batch_invariant else F.silu
         self.dtype = norm.dtype
         self.vocab_size = config.vocab_size
         self.context_len = config.context_len
@@ -105,7 +107,7 @@ class Decoder:
             )
             x = x + layer.out(attended.flatten(1))
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            x = x + layer.down(self.silu(gate).mul_(up))
         if probe is not None:
             probe.states = torch.stack([*states, x[probe.rows].float()])
         return self._normed(x, self.norm)

@@ -114,7 +114,7 @@ def load(
     layers = _layers(config, ours, weights, None, batch_invariant)
     norm = weights.take("model.norm.weight", (ours.hidden_size,))
     weights.check_all_used()
-    return Decoder(ours, embedding, layers, norm, head)
+    return Decoder(ours, embedding, layers, norm, head, batch_invariant)
 
 
 def _load_quantized(

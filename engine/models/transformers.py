@@ -20,7 +20,7 @@ from engine.attention import Attention, choose_attention
 from engine.attention.torch_paged import LayerCache, Span
 from engine.errors import ModelUnavailable
 from engine.kernels.linear import Linear
-from engine.models.base import ForwardInput, Head, KVShape, Query, head_dtype
+from engine.models.base import ForwardInput, Head, KVShape, Query, RowByRow, head_dtype
 
 _NAME = "logitmill"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -148,6 +148,10 @@ class TransformersModel:
                 module.forward = Linear(  # type: ignore
                     module.weight, module.bias, False, batch_invariant
                 )
+            elif batch_invariant and module is not head:
+                _refuse_own_products(kind, module)
+                if _is_activation(module):
+                    module.forward = RowByRow(module.forward)
         self.kv_shapes = self._try(kind, text)
         self.context_len = _context_len(text)
 
@@ -318,6 +322,20 @@ def _refuse_by_config(config: Any, text: Any) -> None:
     if others:
         raise ModelUnavailable(
             f"{kind} has layers that are not served: {', '.join(sorted(others))}"
+        )
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ in ("transformers.activations", nn.SiLU.__module__)
+
+
+def _refuse_own_products(kind: str, module: nn.Module) -> None:
+    """By its weights: that a few tokens come out the same would not say that all do."""
+    matrices = [one for one in module.parameters(recurse=False) if one.dim() > 1]
+    if matrices and not isinstance(module, nn.Embedding):
+        raise ModelUnavailable(
+            f"--batch-invariant: {kind} computes products in a {type(module).__name__} of its own, "
+            "which may depend on the batch, so it cannot be served with it"
         )
 
 

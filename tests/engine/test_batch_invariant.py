@@ -20,13 +20,14 @@ WATCHED: dict[str, dict[str, Any]] = {
     "sampled": {"prompt": 17, "seed": 5} | SAMPLED,
     "sampled, one token": {"prompt": 1, "seed": 6} | SAMPLED,
 }
-MODELS = [
-    ("llama", {"dtype": "float32"}),
-    ("llama", {"dtype": "bfloat16"}),
-    ("qwen3", {"dtype": "float32", "quantization": "int8"}),
-    ("gemma2", {"dtype": "float32"}),
-    ("gemma3", {"dtype": "bfloat16"}),
-    ("phi", {"dtype": "float32"}),
+ODD = {"intermediate_size": 100}  # not a whole number of vectors
+MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {"dtype": "float32"}, ODD),
+    ("llama", {"dtype": "bfloat16"}, {}),
+    ("qwen3", {"dtype": "float32", "quantization": "int8"}, {}),
+    ("gemma2", {"dtype": "float32"}, ODD),
+    ("gemma3", {"dtype": "bfloat16"}, {}),
+    ("phi", {"dtype": "float32"}, {}),
 ]
 
 
@@ -50,12 +51,12 @@ def ask(core: EngineCore, *names: str) -> dict[str, list[Token]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), MODELS, ids=[f"{name} {config['dtype']}" for name, config in MODELS]
+    ("family", "config", "changes"), MODELS, ids=[f"{one[0]} {one[1]['dtype']}" for one in MODELS]
 )
 def test_logprobs_have_the_same_bits_alone_and_among_63_others(
-    family: str, config: dict[str, Any], tmp_path: Path
+    family: str, config: dict[str, Any], changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = tiny.save(tiny.hf_model(family), tmp_path)
+    folder = tiny.save(tiny.hf_model(family, **changes), tmp_path)
     core = load(folder, prefix_cache=False, **config)
     want: dict[str, list[Token]] = {}
     for name in WATCHED:
@@ -67,12 +68,21 @@ def test_logprobs_have_the_same_bits_alone_and_among_63_others(
         others = [str(number) for number in range(64 - len(WATCHED))]
         got = ask(core, *others[:30], *WATCHED, *others[30:])
         assert {name: got[name] for name in WATCHED} == want
+    # In a cache so small that some have to give up their blocks, and are computed anew.
+    core = load(folder, prefix_cache=False, **config | {"kv_cache_memory": 1 << 18})
+    got = ask(core, *others[:30], *WATCHED, *others[30:])
+    assert core.scheduler.num_preemptions > 0
+    assert {name: got[name] for name in WATCHED} == want
 
 
-def test_a_model_whose_products_are_not_ours_is_refused(tmp_path: Path) -> None:
-    folder = tiny.save(tiny.hf_model("gpt2"), tmp_path)
-    with pytest.raises(ModelUnavailable, match="--batch-invariant: gpt2 computes"):
-        load(folder)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_a_model_whose_products_are_not_ours_is_refused(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    folder = tiny.save(tiny.hf_model(family), tmp_path)
+    with pytest.raises(ModelUnavailable, match=f"--batch-invariant: {family} computes products"):
+        load(folder, dtype=dtype)
 
 
 def test_quantised_weights_need_no_other_model(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The head: logits in float32 whatever the rest runs in, from weights that may be shared."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from engine.models.base import Head, KVShape, head_dtype
+from engine.models.base import Head, KVShape, RowByRow, head_dtype
 
 
 def test_candidates_that_bfloat16_would_tie_stay_apart() -> None:
@@ -43,3 +46,18 @@ def test_on_cpu_the_heads_weight_is_float32() -> None:
 
 def test_a_layer_keeps_keys_and_values_of_their_own_widths() -> None:
     assert KVShape(heads=3, key_dim=8, value_dim=16).numel == 72
+
+
+@pytest.mark.parametrize("function", [F.silu, F.gelu])
+@pytest.mark.parametrize("width", [5, 100, 1000])
+def test_row_by_row_a_row_has_the_same_bits_in_every_batch(
+    function: Callable[[Tensor], Tensor], width: int
+) -> None:
+    apart = RowByRow(function)
+    both = torch.randn(70, 2 * width)
+    x = both[:, :width]  # as half of a product
+    whole = apart(x)
+    torch.testing.assert_close(whole, function(x))
+    for size in (1, 3, 33):
+        assert torch.equal(torch.cat([apart(rows) for rows in x.split(size)]), whole)
+    assert torch.equal(apart(x.view(1, 70, width))[0], whole)
