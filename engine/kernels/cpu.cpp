@@ -4,6 +4,11 @@
 // `logitmill_isa` says which of them this machine has, and every call names one.
 
 #include <sched.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_num_threads() { return 1; }
+#endif
 
 #include <algorithm>
 #include <atomic>

@@ -11,21 +11,42 @@ struct alignas(128) Phase {
 };
 
 // A thread's way through the phases. It goes on when all tasks of a phase are done, whoever did them:
-// a thread whose core is busy with something else holds up nobody unless it is in a task.
+// a thread whose core is busy with something else holds up nobody unless it has taken a task.
 struct Walker {
     Phase* phase;
+    int64_t num_threads;
 
-    // `work(first, last, next)` gets runs of `grain` tasks, and where its next one begins.
+    // `work(first, last)` gets runs of `grain` tasks.
     template <class Work>
     INLINE void run(int64_t count, int64_t grain, Work work) {
         Phase& mine = *phase++;
-        auto take = [&] { return mine.taken.fetch_add(grain, std::memory_order_relaxed); };
-        for (int64_t first = take(); first < count;) {
-            const int64_t last = smaller(first + grain, count), next = take();
-            work(first, last, next);
+        for (;;) {
+            const int64_t first = mine.taken.fetch_add(grain, std::memory_order_relaxed);
+            if (first >= count) break;
+            const int64_t last = smaller(first + grain, count);
+            work(first, last);
             mine.done.fetch_add(last - first, std::memory_order_acq_rel);
-            first = next;
         }
+        wait(mine, count);
+    }
+
+    // `work(task, next)` gets one task after the other, and its next one, which it has taken already:
+    // but not near the end, where another thread would have nothing to do. There it is a guess.
+    template <class Work>
+    INLINE void run_each(int64_t count, Work work) {
+        Phase& mine = *phase++;
+        auto take = [&] { return mine.taken.fetch_add(1, std::memory_order_relaxed); };
+        for (int64_t task = take(); task < count;) {
+            const bool early = task + 2 * num_threads < count;
+            const int64_t next = early ? take() : task + num_threads;
+            work(task, next);
+            mine.done.fetch_add(1, std::memory_order_acq_rel);
+            task = early ? next : take();
+        }
+        wait(mine, count);
+    }
+
+    INLINE void wait(Phase& mine, int64_t count) {
         for (int64_t spins = 0; mine.done.load(std::memory_order_acquire) < count; ++spins) {
             if (spins < 2000) PAUSE();
             else sched_yield();
@@ -118,7 +139,7 @@ INLINE void norm_and_rotate(const Decoder& d, float* head, const float* norm, co
     }
 }
 
-// x += w · codes, over a run of panels.
+// x += w · codes, over a panel.
 INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, float* x, int64_t panel,
                         Upcoming& upcoming) {
     Vec out[kTile][kHalves];
@@ -174,6 +195,7 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
 }
 
 // A panel of gate and one of up: one group of the inner activations.
+static_assert(kPanel == kGroup, "a panel of outputs makes a group of inputs");
 INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64_t group,
                  Upcoming& next_gates, Upcoming& next_ups) {
     const int64_t up = layer.gate_up.n / 2 / kPanel + group;
@@ -226,8 +248,8 @@ template <class T>
 void run_layers(const Step& s, const Buffers& b) {
     const Decoder& d = *s.decoder;
     const int64_t num_tokens = s.num_tokens;
-    Walker walker = {b.phases};
-    walker.run(num_tokens, 1, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
+    Walker walker = {b.phases, omp_get_num_threads()};
+    walker.run(num_tokens, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
         for (int64_t t = first; t < last; ++t) {
             embed(s, t, b.x + t * d.hidden);
             find_angles(d, s.positions[t], b.cosine + t * d.dim, b.sine + t * d.dim);
@@ -237,18 +259,17 @@ void run_layers(const Step& s, const Buffers& b) {
         const Layer& layer = d.layers[l];
         const Attention a = {layer.keys, layer.values, s.spans, s.blocks, s.num_spans, d.heads,
                              d.kv_heads, d.dim, d.dim, d.block_size, layer.window, d.scale};
-        walker.run(num_tokens, 4, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
+        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t t = first; t < last; ++t) {
                 probe(s, l, t, b.x + t * d.hidden);
                 norm_and_quantize(b.x + t * d.hidden, layer.attention_norm, d.eps, b.normed, t);
             }
         });
-        walker.run(d.heads + 2 * d.kv_heads, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+        walker.run_each(d.heads + 2 * d.kv_heads, [&](int64_t head, int64_t next) INLINE_LAMBDA {
             Upcoming upcoming(layer.qkv, next * (d.dim / kPanel), d.dim / kPanel, num_tokens);
-            for (int64_t head = first; head < last; ++head)
-                project<T>(s, layer, a, b, head, upcoming);
+            project<T>(s, layer, a, b, head, upcoming);
         });
-        walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
+        walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t i = first; i < last; ++i) {
                 attend<float, T>(
                     a, b.tiles[i], i + 1 < b.num_tiles ? b.tiles + i + 1 : nullptr,
@@ -264,28 +285,26 @@ void run_layers(const Step& s, const Buffers& b) {
                     });
             }
         });
-        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+        walker.run_each(d.hidden / kPanel, [&](int64_t panel, int64_t next) INLINE_LAMBDA {
             Upcoming upcoming(layer.out, next, 1, num_tokens);
-            for (int64_t p = first; p < last; ++p)
-                add_product(layer.out, b.attended, num_tokens, b.x, p, upcoming);
+            add_product(layer.out, b.attended, num_tokens, b.x, panel, upcoming);
         });
-        walker.run(num_tokens, 4, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
+        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t t = first; t < last; ++t)
                 norm_and_quantize(b.x + t * d.hidden, layer.mlp_norm, d.eps, b.normed, t);
         });
-        walker.run(d.inner / kGroup, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+        walker.run_each(d.inner / kGroup, [&](int64_t group, int64_t next) INLINE_LAMBDA {
             const int64_t count = d.inner / kPanel;  // of panels of gates, before those of up
             Upcoming gates(layer.gate_up, next < count ? next : 2 * count, 1, num_tokens);
             Upcoming ups(layer.gate_up, count + next, 1, num_tokens);
-            for (int64_t g = first; g < last; ++g) gate(layer, b, num_tokens, g, gates, ups);
+            gate(layer, b, num_tokens, group, gates, ups);
         });
-        walker.run(d.hidden / kPanel, 1, [&](int64_t first, int64_t last, int64_t next) INLINE_LAMBDA {
+        walker.run_each(d.hidden / kPanel, [&](int64_t panel, int64_t next) INLINE_LAMBDA {
             Upcoming upcoming(layer.down, next, 1, num_tokens);
-            for (int64_t p = first; p < last; ++p)
-                add_product(layer.down, b.inner, num_tokens, b.x, p, upcoming);
+            add_product(layer.down, b.inner, num_tokens, b.x, panel, upcoming);
         });
     }
-    walker.run(num_tokens, 4, [&](int64_t first, int64_t last, int64_t) INLINE_LAMBDA {
+    walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
         for (int64_t t = first; t < last; ++t) {
             const float* x = b.x + t * d.hidden;
             probe(s, d.num_layers, t, x);

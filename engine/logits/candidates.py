@@ -172,10 +172,8 @@ class Candidates:
     def _of_everything(self) -> Tensor:
         """`_summary` of whole rows, computed once for a temperature; of others, anything."""
         if self._everything is None:
-            self._everything, self._known_at = (
-                summarise(self.raw, self.temperature),
-                self.temperature,
-            )
+            self._everything = summarise(self.raw, self.temperature)
+            self._known_at = self.temperature
         if self._known_at is self.temperature:
             return self._everything
         its = (self._known_at != self.temperature) & self.whole

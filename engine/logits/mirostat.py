@@ -48,6 +48,7 @@ class Mirostat(Filter):
             limit = _allowed(candidates, mu)
             seen = rank[:, -1:]
             fitted = seen >= _FITTED
+            # A row that may keep all tokens has nothing to look for in its tail.
             active = (version == 1) & ~(fitted & (limit >= candidates.vocab_size))
             candidates.keep(rank <= limit, active, inside=fitted & (seen >= limit))
 

@@ -5,6 +5,7 @@ import torch
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.numerics import row_sum
 from engine.types import Request, Rows
 
 _CONSIDERED = 100  # tokens, as in transformers
@@ -31,8 +32,8 @@ class TopH(Filter):
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         rank = candidates.alive.cumsum(1)
         considered = rank <= _CONSIDERED
-        probs = candidates.probs.masked_fill(~considered, 0.0)
-        probs = probs.double() / probs.double().sum(1, keepdim=True)
+        probs = candidates.probs.masked_fill(~considered, 0.0).double()
+        probs = probs / row_sum(probs)
         passed = torch.special.entr(probs).cumsum(1)
         # Rounded to float32 only here: what is exactly the limit must compare equal to it.
         part = (passed / passed[:, -1:]).float()

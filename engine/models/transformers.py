@@ -143,15 +143,9 @@ class TransformersModel:
         self._head = Head(wide, head.bias, tied, batch_invariant)
         for module in model.modules():
             module.logitmill_step = self._step
-            if type(module) is nn.Linear and module is not head:
-                # Reads the weight where it is, so that nothing is held twice.
-                module.forward = Linear(  # type: ignore
-                    module.weight, module.bias, False, batch_invariant
-                )
-            elif batch_invariant and module is not head:
-                _refuse_own_products(kind, module)
-                if _is_activation(module):
-                    module.forward = RowByRow(module.forward)
+            ours = None if module is head else _ours(kind, module, batch_invariant)
+            if ours is not None:
+                module.forward = ours
         self.kv_shapes = self._try(kind, text)
         self.context_len = _context_len(text)
 
@@ -325,18 +319,25 @@ def _refuse_by_config(config: Any, text: Any) -> None:
         )
 
 
-def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in ("transformers.activations", nn.SiLU.__module__)
+def _ours(kind: str, module: nn.Module, batch_invariant: bool) -> Linear | RowByRow | None:
+    """What computes in place of a module's own code, if anything does.
 
-
-def _refuse_own_products(kind: str, module: nn.Module) -> None:
-    """By its weights: that a few tokens come out the same would not say that all do."""
+    Raises ModelUnavailable for products that nothing here computes, if they are to be
+    `batch_invariant`: that a few tokens come out the same would not say that all do.
+    """
+    if type(module) is nn.Linear:
+        # Reads the weight where it is, so that nothing is held twice.
+        return Linear(module.weight, module.bias, pack=False, batch_invariant=batch_invariant)
+    if not batch_invariant:
+        return None
     matrices = [one for one in module.parameters(recurse=False) if one.dim() > 1]
     if matrices and not isinstance(module, nn.Embedding):
         raise ModelUnavailable(
             f"--batch-invariant: {kind} computes products in a {type(module).__name__} of its own, "
             "which may depend on the batch, so it cannot be served with it"
         )
+    is_activation = type(module).__module__ in ("transformers.activations", nn.SiLU.__module__)
+    return RowByRow(module.forward) if is_activation else None
 
 
 def _outside_interface(kind: str) -> ModelUnavailable:

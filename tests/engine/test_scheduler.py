@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import engine.core
+from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.strategies.base import Branch, Plain, Strategy, View
 from engine.tokenizer import Tokenizer
@@ -98,6 +99,31 @@ def test_what_is_left_of_the_budget_goes_to_those_waiting_in_order(tokenizer: To
 
 
 # -- the queue
+
+
+@pytest.mark.parametrize(
+    ("streams", "ratio", "parts"),
+    [(0, 3, [60]), (1, 3, [16, 16, 16, 12]), (7, 3, [21, 21, 18]), (7, 2, [16, 16, 16, 12])],
+)
+def test_prompts_take_only_so_much_of_a_step_beside_running_streams(
+    streams: int, ratio: int, parts: list[int], tokenizer: Tokenizer
+) -> None:
+    core = core_of(tokenizer, num_blocks=128, prefill_ratio=ratio)
+    for number in range(streams):
+        submit(core, 4, str(number), first=number, max_tokens=40)
+    step(core, 2)
+    plans = record_plans(core)
+    submit(core, 60, "long", first=50)
+    step(core, len(parts))
+    assert [dict(lengths(plan))["long"] for plan in plans] == parts
+    assert all(len(plan.chunks) == streams + 1 for plan in plans)
+
+
+def test_only_on_cpu_there_is_such_a_limit_by_default() -> None:
+    config = EngineConfig()
+    assert config.prompt_tokens_beside("cpu") == 3
+    assert config.prompt_tokens_beside("cuda") is None
+    assert EngineConfig(prefill_ratio=7).prompt_tokens_beside("cuda") == 7
 
 
 def order(core: EngineCore) -> list[str]:
