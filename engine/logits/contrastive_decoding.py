@@ -23,6 +23,7 @@ class ContrastiveDecoding(Transform):
     def __init__(self, lanes: Lanes) -> None:
         self.margin = lanes.column(torch.float32, neutral=0.0)
         self.beta = lanes.column(torch.float32, neutral=-1.0)  # below 0: the first form
+        self.later = lanes.flags()
         self.temperature = lanes.column(torch.float32, neutral=1.0)
         self.wanted = lanes.flags()
 
@@ -31,6 +32,7 @@ class ContrastiveDecoding(Transform):
         self.margin[lane] = -math.log(params.cd_alpha)
         self.beta[lane] = -1.0 if params.cd_beta is None else params.cd_beta
         self.temperature[lane] = max(params.cd_temperature, 1e-30)
+        self.later[lane] = params.cd_beta is not None
         self.wanted[lane] = params.cd_amateur is not None
         return params.cd_amateur is not None
 
@@ -39,11 +41,12 @@ class ContrastiveDecoding(Transform):
         if not wanted:
             return logits
         own, other = logits[wanted], finite(companions_of(rows, wanted))
-        beta = self.beta.at(rows)[wanted].double()
-        later = (1.0 + beta) * own - beta * other
         colder = finite(other.double() / self.temperature.at(rows)[wanted])
-        first = log_softmax(own).double() - finite(log_softmax(colder))
+        scores = log_softmax(own).double() - finite(log_softmax(colder))
+        if self.later[rows.host_lanes].any():
+            beta = self.beta.at(rows)[wanted].double()
+            scores = torch.where(beta >= 0.0, (1.0 + beta) * own - beta * other, scores)
+        scores = finite(scores)
         least = scan(own)[0].unsqueeze(1) - self.margin.at(rows)[wanted]
-        scores = finite(torch.where(beta >= 0.0, later, first))
         logits[wanted] = torch.where((own >= least) & (own > NEG_INF), scores, NEG_INF)
         return logits

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
-from engine.numerics import NEG_INF, finite, log_softmax, row_sum
+from engine.numerics import NEG_INF, block_masses, finite, log_softmax, row_sum
 from engine.types import Request, Rows
 
 _SHALLOW = 40  # models of more layers take their buckets from the first and the last 20
@@ -41,12 +41,12 @@ class Dola(Transform):
         if not wanted:
             return logits
         early, counts = _early_of(rows, wanted)
-        final = log_softmax(logits[wanted])
-        early = log_softmax(early.flatten(0, 1)).view_as(early)
-        distance = _distances(final, early, self.as_transformers.at(rows)[wanted])
+        own = logits[wanted]
+        distance = _distances(own, early, self.as_transformers.at(rows)[wanted])
         there = torch.arange(early.shape[1], device=early.device) < counts.unsqueeze(1)
         layer = torch.where(there, distance, NEG_INF).argmax(1)
-        other = early[torch.arange(len(wanted), device=early.device), layer]
+        final = log_softmax(own)
+        other = log_softmax(early[torch.arange(len(wanted), device=early.device), layer])
         least = final.amax(1, keepdim=True) - self.margin.at(rows)[wanted]
         scores = finite(final.double() - finite(other))
         logits[wanted] = torch.where((final >= least) & (final > NEG_INF), scores, NEG_INF)
@@ -64,26 +64,39 @@ def _early_of(rows: Rows, wanted: list[int]) -> tuple[Tensor, Tensor]:
     return beside.early[places], beside.early_count[places]
 
 
-def _distances(final: Tensor, early: Tensor, as_transformers: Tensor) -> Tensor:
-    """How much each layer's logprobs early [w, M, V] differ from final [w, V]: [w, M]."""
-    final = final.unsqueeze(1)
-    p, q = final.exp(), early.exp()
-    middle = (p + q) / 2
-    log_middle = middle.log()
-    if bool(as_transformers.all()):
-        return _mean_divergence(middle, log_middle, final, early)
-    divergence = (_kl(p, final, log_middle) + _kl(q, early, log_middle)) / 2
+def _distances(own: Tensor, early: Tensor, as_transformers: Tensor) -> Tensor:
+    """How much each layer's distribution early [w, M, V] differs from the own [w, V]: [w, M]."""
     if not bool(as_transformers.any()):
-        return divergence
-    return torch.where(
-        as_transformers, _mean_divergence(middle, log_middle, final, early), divergence
-    )
+        return _divergence(own, early)
+    other = log_softmax(early.flatten(0, 1)).view_as(early)
+    mean = _mean_divergence(log_softmax(own).unsqueeze(1), other)
+    return torch.where(as_transformers, mean, _divergence(own, early))
 
 
-def _mean_divergence(middle: Tensor, log_middle: Tensor, final: Tensor, early: Tensor) -> Tensor:
-    # A mean over the vocabulary is a sum over a constant, which changes no order.
-    size = middle.shape[-1]
-    return (_kl(middle, log_middle, final) + _kl(middle, log_middle, early)) / (2 * size)
+def _divergence(own: Tensor, early: Tensor) -> Tensor:
+    """Jensen and Shannon's: the average's entropy beyond the average of both entropies, float64."""
+    half, its = _half_of(own)
+    others, theirs = _half_of(early.flatten(0, 1))
+    middle = others.view_as(early).add_(half.unsqueeze(1))
+    # The smallest number, because 0 times its logarithm is 0.
+    nats = middle.clamp(min=torch.finfo(middle.dtype).tiny).log_().mul_(middle)
+    mixed = -row_sum(nats).squeeze(-1)
+    return mixed - (its.unsqueeze(1) + theirs.view_as(mixed)) / 2
+
+
+def _half_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Half of each probability [n, V], and the entropy [n] float64 of the whole."""
+    top, mass, moment = block_masses(logits, logits.new_ones(len(logits)))
+    total = mass.double().sum(1)
+    entropy = total.log() - moment.double().sum(1) / total
+    return (logits - top.unsqueeze(1)).exp_().div_(2.0 * total.float().unsqueeze(1)), entropy
+
+
+def _mean_divergence(final: Tensor, other: Tensor) -> Tensor:
+    """The mean over the vocabulary of the divergences of the average from both logprobs."""
+    middle = (final.exp() + other.exp()) / 2
+    log_middle, size = middle.log(), middle.shape[-1]
+    return (_kl(middle, log_middle, final) + _kl(middle, log_middle, other)) / (2 * size)
 
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
