@@ -101,6 +101,8 @@ def count_finite(logits: Tensor) -> Tensor:
 
 def log_softmax(logits: Tensor) -> Tensor:
     """The logprobs of each row, [R, V] float32; one without a finite entry stays as it is."""
+    if (library := _kernels(logits)) is not None:
+        return library.log_softmax(logits)
     top, rest = log_sum_exp(logits)
     # One after the other: where logits are large, their sum has too few digits in float32.
     return torch.where(logits > NEG_INF, logits - top - rest, NEG_INF)
@@ -114,6 +116,29 @@ def finite(values: Tensor) -> Tensor:
 def row_sum(x: Tensor) -> Tensor:
     """The sum of each row, [..., 1] float64, accumulated over blocks."""
     return blocked(x, 0.0).sum(-1).double().sum(-1, keepdim=True)
+
+
+def divergence(logits: Tensor, others: Tensor, index: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence in nats between each row and some others, [R, M] float64.
+
+    others [N, V]; index [R, M] int64 says which. Each row needs a finite entry.
+    """
+    if (library := _kernels(logits)) is not None and _kernels(others) is not None:
+        return library.divergence(logits, others, index)
+    half, own = _half_of(logits)
+    halves, its = _half_of(others[index].flatten(0, 1))
+    average = halves.view(*index.shape, -1) + half.unsqueeze(1)
+    # The smallest number, because 0 times its logarithm is 0.
+    nats = average.clamp(min=torch.finfo(average.dtype).tiny).log_().mul_(average)
+    return -row_sum(nats).squeeze(-1) - (own.unsqueeze(1) + its.view(index.shape)) / 2
+
+
+def _half_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Half of each probability [n, V], and the entropy [n] float64 of the whole."""
+    top, mass, moment = block_masses(logits, torch.ones_like(logits[:, 0]))
+    total = mass.double().sum(1)
+    entropy = total.log() - moment.double().sum(1) / total
+    return (logits - top.unsqueeze(1)).exp_().div_(2.0 * total.float().unsqueeze(1)), entropy
 
 
 def deviation(logits: Tensor) -> Tensor:

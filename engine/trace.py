@@ -35,7 +35,7 @@ class RowTrace:
         stages: list[StageTrace] = []
         logits = raw
         for count in range(1, len(transforms) + 1):
-            after = run_transforms(transforms[:count], raw.clone(), rows)
+            after = run_transforms(transforms[:count], raw, rows)
             if not torch.equal(after, logits):
                 stages.append(_step(transforms[count - 1], logits, after))
             logits = after

@@ -166,6 +166,16 @@ extern "C" void logitmill_summarise(int64_t isa, const Rows* rows, const float* 
     WIDE(summarise_rows, *rows, temperature, summary);
 }
 
+// The logprobs of each row, [R, V].
+extern "C" void logitmill_log_softmax(int64_t isa, const Rows* rows, float* out) {
+    WIDE(log_softmax_rows, *rows, out);
+}
+
+// The Jensen-Shannon divergence in nats between each row and others.count / rows.count of the others.
+extern "C" void logitmill_divergence(int64_t isa, const Rows* rows, const Rows* others, double* out) {
+    WIDE(divergence_rows, *rows, *others, out);
+}
+
 // The standard deviation of each row's finite entries.
 extern "C" void logitmill_deviation(int64_t isa, const Rows* rows, float* out) {
     WIDE(deviation_rows, *rows, out);

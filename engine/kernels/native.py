@@ -154,6 +154,8 @@ class Library:
             ("scan", None),
             ("measure", None),
             ("summarise", None),
+            ("log_softmax", None),
+            ("divergence", None),
             ("deviation", None),
             ("select", None),
             ("cut", None),
@@ -240,6 +242,23 @@ class Library:
             self._isa, _rows(logits), _address(temperature), _address(summary)
         )
         return summary
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """The logprobs of each row, [R, V]."""
+        out = torch.empty(logits.shape)
+        self._dll.logitmill_log_softmax(self._isa, _rows(logits), _address(out))
+        return out
+
+    def divergence(self, logits: Tensor, others: Tensor, index: Tensor) -> Tensor:
+        """The Jensen-Shannon divergence in nats between each row and some others, [R, M] float64.
+
+        others [N, V]; index [R, M] int64 says which.
+        """
+        out = torch.empty(index.shape, dtype=torch.float64)
+        self._dll.logitmill_divergence(
+            self._isa, _rows(logits), _rows(others, index.flatten()), _address(out)
+        )
+        return out
 
     def deviation(self, logits: Tensor) -> Tensor:
         """The population standard deviation of each row's finite entries, [R]."""

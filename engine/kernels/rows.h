@@ -85,6 +85,44 @@ INLINE Masses measure(const float* row, int64_t vocab, int64_t block, float fact
             sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]))};
 }
 
+// A row whose largest entry is `top` as a distribution: the probability of z is
+// exp((z - top) / temperature) / mass.
+struct Distribution {
+    float top;
+    double mass, entropy;
+};
+
+INLINE Distribution distribution(const float* row, int64_t vocab, float top, float temperature) {
+    double mass = 0, moment = 0;
+    for (int64_t b = 0; b < count_blocks(vocab); ++b) {
+        const Masses its = measure(row, vocab, b, 1.0f / temperature, top);
+        mass += its.mass;
+        moment += its.moment;
+    }
+    return {top, mass, std::log(mass) - moment / mass / temperature};
+}
+
+INLINE Distribution distribution(const float* row, int64_t vocab) {
+    return distribution(row, vocab, maximum(row, vocab), 1.0f);
+}
+
+// The entropy of the average of two rows' distributions.
+INLINE double entropy_of_average(const float* a, const Distribution& of_a, const float* b,
+                                 const Distribution& of_b, int64_t vocab) {
+    const float half_a = (float)(0.5 / of_a.mass), half_b = (float)(0.5 / of_b.mass);
+    double entropy = 0;
+    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+        Vec total = {};
+        for (int64_t i = begin; i < smaller(begin + kBlock, vocab); i += kLanes) {
+            const Vec p = exp_negative(load_tail(a, i, vocab, kNegInf) - of_a.top) * half_a;
+            const Vec q = exp_negative(load_tail(b, i, vocab, kNegInf) - of_b.top) * half_b;
+            total -= (p + q) * natural_log(p + q);
+        }
+        entropy += sum(total);
+    }
+    return entropy;
+}
+
 // The standard deviation of a row's finite entries, the population's.
 INLINE float deviation(const float* row, int64_t vocab) {
     double count = 0, total = 0, squares = 0;
@@ -204,20 +242,51 @@ void measure_rows(const Rows& rows, const float* factor, float* top, float* mass
 
 // ln Σ exp(z / temperature) of row r, whose largest entry is `top`, and its entropy: summary [2, R].
 INLINE void summarise(const Rows& rows, int64_t r, float top, float temperature, double* summary) {
-    double mass = 0, moment = 0;
-    for (int64_t b = 0; b < count_blocks(rows.vocab); ++b) {
-        const Masses its = measure(rows.at(r), rows.vocab, b, 1.0f / temperature, top);
-        mass += its.mass;
-        moment += its.moment;
-    }
-    summary[r] = std::log(mass) + top / temperature;
-    summary[rows.count + r] = std::log(mass) - moment / mass / temperature;
+    const Distribution its = distribution(rows.at(r), rows.vocab, top, temperature);
+    summary[r] = std::log(its.mass) + top / temperature;
+    summary[rows.count + r] = its.entropy;
 }
 
 void summarise_rows(const Rows& rows, const float* temperature, double* summary) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t r = 0; r < rows.count; ++r)
         summarise(rows, r, maximum(rows.at(r), rows.vocab), temperature[r], summary);
+}
+
+// [R, V]; -inf entries stay.
+void log_softmax_rows(const Rows& rows, float* out) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const float* row = rows.at(r);
+        const Distribution its = distribution(row, rows.vocab);
+        const float rest = (float)std::log(its.mass);
+        float* to = out + r * rows.vocab;
+        int64_t i = 0;
+        for (; i + kLanes <= rows.vocab; i += kLanes) {
+            const Vec z = load(row + i);
+            store(to + i, z > kNegInf ? z - its.top - rest : splat(kNegInf));
+        }
+        for (; i < rows.vocab; ++i) to[i] = row[i] > kNegInf ? row[i] - its.top - rest : kNegInf;
+    }
+}
+
+// Between each row and its share of the others, which come in the order of the rows.
+void divergence_rows(const Rows& rows, const Rows& others, double* out) {
+    const int64_t share = others.count / rows.count;
+    Distribution* of_rows = (Distribution*)std::malloc(rows.count * sizeof(Distribution));
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t r = 0; r < rows.count; ++r) of_rows[r] = distribution(rows.at(r), rows.vocab);
+#pragma omp for schedule(dynamic)
+        for (int64_t o = 0; o < others.count; ++o) {
+            const Distribution& own = of_rows[o / share];
+            const Distribution its = distribution(others.at(o), rows.vocab);
+            out[o] = entropy_of_average(rows.at(o / share), own, others.at(o), its, rows.vocab) -
+                     (own.entropy + its.entropy) / 2;
+        }
+    }
+    std::free(of_rows);
 }
 
 void deviation_rows(const Rows& rows, float* out) {

@@ -102,6 +102,25 @@ INLINE Vec exp_negative(Vec x) {
 #endif
 }
 
+// ln x for x > 0, within 2 ulp; below the smallest normal number, as of that one.
+INLINE Vec natural_log(Vec x) {
+    // x = m · 2^n, m from √½ on.
+    const WordVec bits = (WordVec)max(x, splat(FLT_MIN)) - 0x3f3504f3u;
+    const Vec n = __builtin_convertvector((IntVec)bits >> 23, Vec);
+    const Vec r = (Vec)((bits & 0x7fffff) + 0x3f3504f3u) - 1.0f;
+    Vec p = splat(7.0376836292e-2f);
+    p = p * r - 1.1514610310e-1f;
+    p = p * r + 1.1676998740e-1f;
+    p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f;
+    p = p * r - 1.6668057665e-1f;
+    p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f;
+    p = p * r + 3.3333331174e-1f;
+    p = p * r * r * r - n * 2.12194440e-4f - r * r * 0.5f;
+    return p + r + n * 0.693359375f;
+}
+
 // x · sigmoid(x)
 INLINE Vec silu(Vec x) {
     const Vec t = exp_negative((Vec)((WordVec)x | 0x80000000));

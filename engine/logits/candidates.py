@@ -142,13 +142,17 @@ class Candidates:
         """How many tokens are left, [R, 1] int64."""
         return self._by_row(lambda: self.alive.sum(1, keepdim=True), lambda: count_finite(self.raw))
 
-    @property
-    def deviation(self) -> Tensor:
-        """The population standard deviation of the logits, [R, 1]."""
-        return self._by_row(
-            lambda: deviation(self.logits),
-            lambda: deviation(self.raw) / self.temperature.unsqueeze(1),
-        )
+    def deviation(self, where: Tensor) -> Tensor:
+        """The population standard deviation of the logits of some rows [R, 1] bool; [R, 1]."""
+
+        def whole() -> Tensor:
+            return self._of_raw(
+                where.squeeze(1) & self.whole,
+                lambda raw, temperature: deviation(raw) / temperature.unsqueeze(1),
+                torch.ones_like(where, dtype=torch.float32),
+            )
+
+        return self._by_row(lambda: deviation(self.logits), whole)
 
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor]:
@@ -177,15 +181,22 @@ class Candidates:
         if self._known_at is self.temperature:
             return self._everything
         its = (self._known_at != self.temperature) & self.whole
-        # Asking a GPU would mean waiting for it.
-        needed = its.nonzero().squeeze(1) if self.temperature.is_cpu else None
-        if needed is None or len(needed) == len(self.temperature):
-            self._everything = summarise(self.raw, self.temperature)
-        elif len(needed):
-            new = summarise(self.raw[needed], self.temperature[needed])
-            self._everything = self._everything.index_copy(1, needed, new)
+        self._everything = self._of_raw(its, summarise, self._everything)
         self._known_at = torch.where(its, self.temperature, self._known_at)
         return self._everything
+
+    def _of_raw(
+        self, where: Tensor, compute: Callable[[Tensor, Tensor], Tensor], known: Tensor
+    ) -> Tensor:
+        """Numbers of each row, [..., R, 1]: in the rows `where` [R] of `raw` and temperature."""
+        # Asking a GPU would mean waiting for it.
+        needed = where.nonzero().squeeze(1) if where.is_cpu else None
+        if needed is None or len(needed) == len(where):
+            return compute(self.raw, self.temperature)
+        if not len(needed):
+            return known
+        new = compute(self.raw[needed], self.temperature[needed])
+        return known.index_copy(-2, needed, new)
 
     # -- changes
 

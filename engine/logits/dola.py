@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
-from engine.numerics import NEG_INF, block_masses, finite, log_softmax, row_sum
+from engine.numerics import NEG_INF, divergence, finite, log_softmax, row_sum
 from engine.types import Request, Rows
 
 _SHALLOW = 40  # models of more layers take their buckets from the first and the last 20
@@ -40,56 +40,39 @@ class Dola(Transform):
         wanted = self.wanted[rows.host_lanes].nonzero()[0].tolist()
         if not wanted:
             return logits
-        early, counts = _early_of(rows, wanted)
+        early, index, counts = _early_of(rows, wanted)
         own = logits[wanted]
-        distance = _distances(own, early, self.as_transformers.at(rows)[wanted])
-        there = torch.arange(early.shape[1], device=early.device) < counts.unsqueeze(1)
-        layer = torch.where(there, distance, NEG_INF).argmax(1)
+        distance = _distances(own, early, index, self.as_transformers.at(rows)[wanted])
+        there = torch.arange(index.shape[1], device=index.device) < counts.unsqueeze(1)
+        layer = torch.where(there, distance, NEG_INF).argmax(1, keepdim=True)
         final = log_softmax(own)
-        other = log_softmax(early[torch.arange(len(wanted), device=early.device), layer])
+        other = log_softmax(early[index.gather(1, layer).squeeze(1)])
         least = final.amax(1, keepdim=True) - self.margin.at(rows)[wanted]
         scores = finite(final.double() - finite(other))
         logits[wanted] = torch.where((final >= least) & (final > NEG_INF), scores, NEG_INF)
         return logits
 
 
-def _early_of(rows: Rows, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """The earlier layers' logits of some rows [w, M, V], and how many of M count [w]."""
+def _early_of(rows: Rows, wanted: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows the earlier layers, rows of [N, V]: which [w, M], and how many count [w]."""
     beside = rows.beside
     assert beside is not None
     assert beside.early is not None
     assert beside.early_of is not None
     assert beside.early_count is not None
     places = beside.early_of[wanted]
-    return beside.early[places], beside.early_count[places]
+    most = beside.early.shape[1]
+    index = places.unsqueeze(1) * most + torch.arange(most, device=places.device)
+    return beside.early.flatten(0, 1), index, beside.early_count[places]
 
 
-def _distances(own: Tensor, early: Tensor, as_transformers: Tensor) -> Tensor:
-    """How much each layer's distribution early [w, M, V] differs from the own [w, V]: [w, M]."""
-    if not bool(as_transformers.any()):
-        return _divergence(own, early)
-    other = log_softmax(early.flatten(0, 1)).view_as(early)
-    mean = _mean_divergence(log_softmax(own).unsqueeze(1), other)
-    return torch.where(as_transformers, mean, _divergence(own, early))
-
-
-def _divergence(own: Tensor, early: Tensor) -> Tensor:
-    """Jensen and Shannon's: the average's entropy beyond the average of both entropies, float64."""
-    half, its = _half_of(own)
-    others, theirs = _half_of(early.flatten(0, 1))
-    middle = others.view_as(early).add_(half.unsqueeze(1))
-    # The smallest number, because 0 times its logarithm is 0.
-    nats = middle.clamp(min=torch.finfo(middle.dtype).tiny).log_().mul_(middle)
-    mixed = -row_sum(nats).squeeze(-1)
-    return mixed - (its.unsqueeze(1) + theirs.view_as(mixed)) / 2
-
-
-def _half_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of each probability [n, V], and the entropy [n] float64 of the whole."""
-    top, mass, moment = block_masses(logits, logits.new_ones(len(logits)))
-    total = mass.double().sum(1)
-    entropy = total.log() - moment.double().sum(1) / total
-    return (logits - top.unsqueeze(1)).exp_().div_(2.0 * total.float().unsqueeze(1)), entropy
+def _distances(own: Tensor, early: Tensor, index: Tensor, as_transformers: Tensor) -> Tensor:
+    """How much each layer, of early [N, V] those of the index [w, M], differs from own [w, V]."""
+    distances = divergence(own, early, index)
+    if bool(as_transformers.any()):
+        mean = _mean_divergence(log_softmax(own).unsqueeze(1), log_softmax(early)[index])
+        distances = torch.where(as_transformers, mean, distances)
+    return distances
 
 
 def _mean_divergence(final: Tensor, other: Tensor) -> Tensor:

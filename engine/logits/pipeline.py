@@ -80,9 +80,9 @@ class Pipeline:
             return logits
         stages = self._wanted_of(self.transforms, rows)
         if len(subset) == len(rows):
-            return run_transforms(stages, logits.clone(), rows)
+            return run_transforms(stages, logits, rows)
         index = torch.tensor(subset, dtype=torch.int64, device=logits.device)
-        part = run_transforms(stages, logits[index], rows.select(subset, index))
+        part = run_transforms(stages, logits, rows.select(subset, index), index)
         return logits.index_copy(0, index, part)
 
     def filter(self, logits: Tensor, rows: Rows) -> list[Filtered]:
@@ -129,19 +129,26 @@ class Pipeline:
         return [self.stages[index] for index in order if wanted >> index & 1]
 
 
-def run_transforms(stages: Sequence[Stage], logits: Tensor, rows: Rows) -> Tensor:
-    """Run transforms in order, lifting soft bans, last first, where nothing would be left."""
-    before: list[Tensor] = []
+def run_transforms(
+    stages: Sequence[Stage], given: Tensor, rows: Rows, index: Tensor | None = None
+) -> Tensor:
+    """Run transforms in order on the rows of `given` [N, V], which is only read; [R, V].
+
+    With an `index` [R] on those rows of it. Where nothing is left, they run again without the soft
+    bans, lifted last first.
+    """
+    logits = given.clone() if index is None else given[index]
     for stage in stages:
         assert isinstance(stage, Transform)
-        if stage.soft_ban:
-            before.append(logits.clone())
         logits = stage.apply(logits, rows)
-    for snapshot in reversed(before):
-        empty = scan(logits)[0] == NEG_INF
-        if not bool(empty.any()):
-            break
-        logits = torch.where(empty.unsqueeze(1), snapshot, logits)
+    soft = [stage for stage in stages if isinstance(stage, Transform) and stage.soft_ban]
+    if not soft:
+        return logits
+    empty = (scan(logits)[0] == NEG_INF).nonzero().squeeze(1)
+    if len(empty):
+        others = [stage for stage in stages if stage is not soft[-1]]
+        source = empty if index is None else index[empty]
+        logits[empty] = run_transforms(others, given, rows.select(empty.tolist(), empty), source)
     return logits
 
 

@@ -1,6 +1,8 @@
 """Tail-free sampling (Phénix and Egan, 2019), as in text-generation-webui."""
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
@@ -21,17 +23,19 @@ class TailFree(Filter):
     widening = 16  # it must see nearly all of the curve
 
     def __init__(self, lanes: Lanes) -> None:
-        self.tfs = lanes.column(torch.float32, neutral=1.0)
+        self.limit = lanes.column(torch.float64, neutral=1.0)
 
     def admit(self, lane: int, request: Request) -> bool:
-        self.tfs[lane] = request.params.tfs
+        # A double is at most `tfs` when rounded to float32 if it is at most this.
+        tfs = np.float32(request.params.tfs)
+        self.limit[lane] = (float(tfs) + float(np.nextafter(tfs, np.float32(1.0)))) / 2
         return request.params.tfs < 1.0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         if candidates.vocab_size < 3:
             return
-        tfs, width = self.tfs.at(rows), candidates.width
-        active = tfs < 1.0
+        limit, width = self.limit.at(rows), candidates.width
+        active = limit < 1.0
         if width < 3:  # too few to see anything bend
             candidates.keep(candidates.alive, active, inside=torch.zeros_like(active))
             return
@@ -41,7 +45,7 @@ class TailFree(Filter):
         # mean waiting for it.
         all_there = candidates.whole & (candidates.logits[:, -1] > NEG_INF)
         some_dropped = not probs.is_cpu or not bool(all_there.all())
-        count = torch.full_like(tfs, width, dtype=torch.int64)
+        count: Tensor | int = width
         if some_dropped:  # they go to the end
             alive = candidates.alive
             count = alive.sum(1, keepdim=True)
@@ -58,14 +62,13 @@ class TailFree(Filter):
         most = total + torch.where(
             has_tail, probs[:, -2:].sum(1, keepdim=True, dtype=torch.float64), 0.0
         )
-        # Rank r + 1 stays if no more than `tfs` of the bending, as float32, is done at r.
-        limit = (tfs.double() + tfs.nextafter(torch.ones_like(tfs))) / 2
+        # Rank r + 1 stays if no more than `tfs` of the bending is done at r.
         last = torch.searchsorted(passed, limit * total, right=True)
         beyond = passed.gather(1, last.clamp(max=width - 3))
         inside = (beyond > limit * most) & (last < width - 2)
-        last = torch.where(has_tail, last, last.minimum(count - 2))
+        last = torch.where(has_tail, last, last.clamp(max=count - 2))
         keep = rank <= last
         if some_dropped:
             keep = keep.gather(1, place)
-        curved = (count >= 3) & (total > 0.0)
+        curved = (total > 0.0) & (count >= 3)
         candidates.keep(keep, active & (curved | has_tail), inside & curved)

@@ -26,7 +26,8 @@ class TopNSigma(Filter):
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         sigmas = self.sigmas.at(rows)
-        reach = sigmas * candidates.deviation
+        active = sigmas > 0
+        reach = sigmas * candidates.deviation(active)
         # Logits near the end of float32 have no deviation that fits into it: nothing is dropped.
         reach = torch.where(reach.isnan(), float("inf"), reach)
-        candidates.keep_above(candidates.top - reach, active=sigmas > 0)
+        candidates.keep_above(candidates.top - reach, active)

@@ -17,6 +17,8 @@ from engine.numerics import (
     count_finite,
     cut_,
     deviation,
+    divergence,
+    log_softmax,
     log_sum_exp,
     rank,
     row_sum,
@@ -66,6 +68,13 @@ def test_reductions_match_float64(vocab_size: int) -> None:
     top, rest = log_sum_exp(logits)
     assert torch.equal(top, logits.amax(1, keepdim=True))
     close((top + rest).double(), logits.double().logsumexp(1, keepdim=True), rtol=1e-6, atol=2e-6)
+    close(log_softmax(logits).double(), logits.double().log_softmax(1), rtol=1e-6, atol=2e-6)
+    others = random_rows(2, vocab_size, seed=1)
+    p, q = logits.double().softmax(1).unsqueeze(1), others.double().softmax(1).flip(0)
+    entropies = [torch.special.entr(x).sum(-1) for x in ((p + q) / 2, p, q)]
+    between = entropies[0] - (entropies[1] + entropies[2]) / 2
+    index = torch.tensor([[1, 0]] * len(logits))
+    close(divergence(logits, others, index), between, rtol=2e-6, atol=2e-6)
     alive = [row[row > NEG_INF].double().std(correction=0) for row in logits]
     close(deviation(logits)[:, 0].double(), torch.stack(alive), rtol=1e-5, atol=1e-6)
 
@@ -81,8 +90,20 @@ def test_reductions_match_float64(vocab_size: int) -> None:
         lambda x: summarise(x, 0.7 * ones(x))[0],
         lambda x: summarise(x, 0.7 * ones(x))[1],
         deviation,
+        log_softmax,
+        lambda x: divergence(x, random_rows(3, x.shape[1]), torch.tensor([[2, 0]] * len(x))),
     ],
-    ids=["max", "first", "masses", "moments", "total", "entropy", "deviation"],
+    ids=[
+        "max",
+        "first",
+        "masses",
+        "moments",
+        "total",
+        "entropy",
+        "deviation",
+        "logprobs",
+        "divergence",
+    ],
 )
 def test_a_row_alone_gives_the_same_bits_as_in_a_batch(
     reduce: Callable[[Tensor], Tensor], vocab_size: int

@@ -44,3 +44,18 @@ def test_every_vector_width_measures_what_float64_does(library: Library) -> None
     assert torch.equal(top, logits.amax(1))
     wide = logits.double().std(1, correction=0)
     torch.testing.assert_close(library.deviation(logits).double(), wide, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: str(library.isa))
+def test_every_vector_width_finds_the_divergence_of_float64(library: Library) -> None:
+    logits, others = random_rows(3, 5003), random_rows(9, 5003, seed=1) * 0.3
+    logits[1, ::3] = others[2, 1::3] = NEG_INF
+    others[4], others[5] = logits[1], logits[1].roll(1)
+    logits[2] += 1e4
+    index = torch.tensor([[2, 0, 8], [4, 5, 1], [7, 6, 6]])
+    p, q = logits.double().softmax(1).unsqueeze(1), others.double().softmax(1)[index]
+    middle = (p + q) / 2
+    entropies = [-x.xlogy(x).sum(-1) for x in (middle, p, q)]
+    want = entropies[0] - (entropies[1] + entropies[2]) / 2
+    got = library.divergence(logits, others, index)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)

@@ -78,7 +78,7 @@ def naive(
 )
 def test_worked_distances(as_transformers: bool, want: list[float]) -> None:
     final, early = torch.tensor([FINAL]).log(), torch.tensor([EARLY]).log()
-    got = _distances(final, early, torch.tensor([[as_transformers]]))
+    got = _distances(final, early[0], torch.tensor([[0, 1]]), torch.tensor([[as_transformers]]))
     assert got[0].tolist() == pytest.approx(want, abs=2e-6)
 
 
