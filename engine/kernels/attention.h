@@ -4,11 +4,14 @@
 // at absolute positions, each key's dot product in one order, an online softmax from chunk to chunk.
 // Nothing depends on which other queries are in the call, so a token gets the same bits alone or in
 // a batch, in one prefill chunk or in many, from fresh memory or from the prefix cache.
+//
+// With instructions for products of bfloat16, queries and weights are rounded to that type if keys and
+// values have it; sums are always float32.
 
 constexpr int kChunk = 64;    // keys per softmax chunk
 constexpr int kQueries = 48;  // queries that share a pass over keys and values
 constexpr int kMaxDim = 256;
-#if ISA == 512
+#if ISA >= 512
 constexpr int kWidth = 4;  // vectors that are accumulated at a time for each query
 #else
 constexpr int kWidth = 2;
@@ -19,11 +22,30 @@ struct Tile {
     int64_t kv_head, first, count;  // rows [first, first + count) of the span
 };
 
+// What queries and weights are multiplied as: numbers of the cache's type, if there are instructions
+// for them.
+template <class T>
+struct OperandOf {
+    typedef float Type;
+};
+
+#if ISA == 513
+template <>
+struct OperandOf<BFloat16> {
+    typedef BFloat16 Type;
+};
+#endif
+
+// A query's weights for a chunk.
+template <class Operand>
+using Weights = Operand[kChunk * sizeof(float) / sizeof(Operand)];
+
 // What a tile's queries have accumulated so far.
+template <class Operand>
 struct State {
-    alignas(64) float q[kQueries][kMaxDim];
+    alignas(64) Operand q[kQueries][kMaxDim];
     alignas(64) float acc[kQueries][kMaxDim];  // in pairs of vectors as `split` gives them
-    alignas(64) float scores[kQueries][kChunk];
+    alignas(64) float scores[kQueries][kChunk];  // and in their place the weights
     alignas(64) uint32_t turned[kMaxDim][kChunk];  // a chunk's keys, a column each
     float best[kQueries];
     float total[kQueries];
@@ -44,19 +66,23 @@ struct Ahead {
     const char* first[2 * kChunk + 1];
     const char* last[2 * kChunk];
     const char* at;
-    int num_runs, run;
+    int num_runs, run, num_lines, pace;
 
-    INLINE void clear() { num_runs = run = 0; }
+    INLINE void clear() { num_runs = run = num_lines = 0; }
 
     INLINE void add(const void* from, int64_t bytes) {
         if (num_runs == 0) at = (const char*)from;
         first[num_runs] = (const char*)from;
         last[num_runs++] = (const char*)from + bytes;
+        num_lines += (int)(bytes / 64);
         first[num_runs] = nullptr;
     }
 
+    // It will be asked for about so many lines: at a pace at which that is all.
+    INLINE void expect(int lines) { pace = (num_lines + lines - 1) / lines; }
+
     INLINE void ask(int lines) {
-        for (; lines > 0 && run < num_runs; --lines) {
+        for (lines *= pace; lines > 0 && run < num_runs; --lines) {
             __builtin_prefetch(at, 0, 2);
             at += 64;
             if (at >= last[run]) at = first[++run];
@@ -104,14 +130,15 @@ INLINE void exchange(WordVec* rows) {
 
 // The words of `count` keys, number j to column j. Columns up to a multiple of 16 get some key's.
 template <class T>
-INLINE void turn(const T* const* keys, int count, int dim, uint32_t (*turned)[kChunk]) {
+INLINE void turn(const T* const* keys, int count, int dim, uint32_t (*turned)[kChunk], Ahead& ahead) {
     const int num_words = dim * (int)sizeof(T) / 4;
     for (int j = 0; j < count; j += kLanes) {
         const uint32_t* words[kLanes];
         for (int i = 0; i < kLanes; ++i) words[i] = (const uint32_t*)keys[smaller(j + i, count - 1)];
         int w = 0;
-        for (; ISA == 512 && w + kLanes <= num_words; w += kLanes) {
+        for (; ISA >= 512 && w + kLanes <= num_words; w += kLanes) {
             WordVec rows[kLanes];
+            ahead.ask(8);
             for (int i = 0; i < kLanes; ++i) std::memcpy(rows + i, words[i] + w, sizeof rows[i]);
             exchange<8>(rows);
             exchange<4>(rows);
@@ -158,8 +185,31 @@ INLINE void score(const BFloat16*, const uint32_t (*turned)[kChunk], int dim, co
         for (int w = 0; w < W; ++w) store(scores[i] + w * kLanes, sums[i][w]);
 }
 
-template <int N, class T>
-INLINE void score(const uint32_t (*turned)[kChunk], int count, int dim, const float (*q)[kMaxDim],
+#if ISA == 513
+INLINE uint32_t pair_at(const BFloat16* p) {
+    uint32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return pair;
+}
+
+template <int N, int W>
+INLINE void score(const BFloat16*, const uint32_t (*turned)[kChunk], int dim,
+                  const BFloat16 (*q)[kMaxDim], float (*scores)[kChunk], Ahead& ahead) {
+    Vec sums[N][W] = {};
+    for (int d = 0; d < dim; d += 2) {
+        ahead.ask(W);
+        for (int w = 0; w < W; ++w) {
+            const WordVec key = (WordVec)load((const float*)turned[d / 2] + w * kLanes);
+            for (int i = 0; i < N; ++i) sums[i][w] = dot2(sums[i][w], key, pair_at(q[i] + d));
+        }
+    }
+    for (int i = 0; i < N; ++i)
+        for (int w = 0; w < W; ++w) store(scores[i] + w * kLanes, sums[i][w]);
+}
+#endif
+
+template <int N, class T, class Operand>
+INLINE void score(const uint32_t (*turned)[kChunk], int count, int dim, const Operand (*q)[kMaxDim],
                   float (*scores)[kChunk], Ahead& ahead) {
     int j = 0;
     auto at = [&] { return (const uint32_t (*)[kChunk])(turned[0] + j); };
@@ -190,30 +240,78 @@ INLINE void gather(const T* const* values, int count, int d, const float (*weigh
 }
 
 // The same for one vector of each value.
-template <int N, class T>
-INLINE void gather_last(const T* const* values, int count, int d, const float (*weights)[kChunk],
+template <int N, class T, class Operand>
+INLINE void gather_last(const T* const* values, int count, int d, const Weights<Operand>* weights,
                         float (*acc)[kMaxDim]) {
     Vec sums[N];
     for (int i = 0; i < N; ++i) sums[i] = load(acc[i] + d);
     for (int j = 0; j < count; ++j) {
         const Vec v = load(values[j] + d);
-        for (int i = 0; i < N; ++i) sums[i] += v * weights[i][j];
+        for (int i = 0; i < N; ++i) sums[i] += v * number(weights[i][j]);
     }
     for (int i = 0; i < N; ++i) store(acc[i] + d, sums[i]);
 }
 
-template <int N, class T>
-INLINE void gather(const T* const* values, int count, int dim, const float (*weights)[kChunk],
+#if ISA == 513
+// Two values at a time; behind the last comes a weight of 0.
+template <int N, int W>
+INLINE void gather(const BFloat16* const* values, int count, int d, const Weights<BFloat16>* weights,
+                   float (*acc)[kMaxDim], Ahead& ahead) {
+    Vec sums[N][2 * W];
+    for (int i = 0; i < N; ++i)
+        for (int w = 0; w < 2 * W; ++w) sums[i][w] = load(acc[i] + d + w * kLanes);
+    for (int j = 0; j < count; j += 2) {
+        ahead.ask(2 * W);
+        const BFloat16 *first = values[j] + d, *second = values[smaller(j + 1, count - 1)] + d;
+        WordVec pairs[2 * W];
+        for (int w = 0; w < W; ++w) {
+            WordVec a, b;
+            std::memcpy(&a, first + 2 * w * kLanes, sizeof a);
+            std::memcpy(&b, second + 2 * w * kLanes, sizeof b);
+            pairs[2 * w] = (a & 0xffff) | b << 16;
+            pairs[2 * w + 1] = a >> 16 | (b & 0xffff0000);
+        }
+        for (int i = 0; i < N; ++i) {
+            const uint32_t weight = pair_at(weights[i] + j);
+            for (int w = 0; w < 2 * W; ++w) sums[i][w] = dot2(sums[i][w], pairs[w], weight);
+        }
+    }
+    for (int i = 0; i < N; ++i)
+        for (int w = 0; w < 2 * W; ++w) store(acc[i] + d + w * kLanes, sums[i][w]);
+}
+#endif
+
+template <int N, class T, class Operand>
+INLINE void gather(const T* const* values, int count, int dim, const Weights<Operand>* weights,
                    float (*acc)[kMaxDim], Ahead& ahead) {
     int d = 0;
     for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
         gather<N, kWidth / 2>(values, count, d, weights, acc, ahead);
     for (; d + 2 * kLanes <= dim; d += 2 * kLanes) gather<N, 1>(values, count, d, weights, acc, ahead);
-    for (; d < dim; d += kLanes) gather_last<N>(values, count, d, weights, acc);
+    for (; d < dim; d += kLanes) gather_last<N, T, Operand>(values, count, d, weights, acc);
 }
 
+// All of a chunk's weights, as they are stored.
+INLINE Vec total_of(const float* weights) {
+    Vec total = splat(0);
+    for (int j = 0; j < kChunk; j += kLanes) total += load(weights + j);
+    return total;
+}
+
+#if ISA == 513
+INLINE Vec total_of(const BFloat16* weights) {
+    Vec total = splat(0);
+    for (int j = 0; j < kChunk; j += 2 * kLanes) {
+        const WordVec pairs = (WordVec)load((const float*)(weights + j));
+        total = dot2(total, pairs, 0x3f803f80);  // times 1
+    }
+    return total;
+}
+#endif
+
 // One chunk's scores to weights, in place; what came before is rescaled to the new maximum.
-INLINE void soften(State& s, int i, int64_t first, int count, int dim, int64_t window) {
+template <class Operand>
+INLINE void soften(State<Operand>& s, int i, int64_t first, int count, int dim, int64_t window) {
     const int64_t end = s.position[i] + 1;
     const int64_t begin = window > 0 ? larger<int64_t>(end - window, 0) : 0;
     float* scores = s.scores[i];
@@ -228,19 +326,15 @@ INLINE void soften(State& s, int i, int64_t first, int count, int dim, int64_t w
         std::memset(scores, 0, sizeof s.scores[i]);
         return;
     }
-    Vec total = splat(0);
-    for (int j = 0; j < kChunk; j += kLanes) {
-        const Vec w = exp_negative(load(scores + j) - best);
-        store(scores + j, w);
-        total += w;
-    }
+    Operand* weights = (Operand*)scores;
+    for (int j = 0; j < kChunk; j += kLanes) store(weights + j, exp_negative(load(scores + j) - best));
     if (s.best[i] != best) {
         const float shrink = s.best[i] == kNegInf ? 0.0f : exp_negative(splat(s.best[i] - best))[0];
         for (int d = 0; d < dim; d += kLanes) store(s.acc[i] + d, load(s.acc[i] + d) * shrink);
         s.total[i] *= shrink;
         s.best[i] = best;
     }
-    s.total[i] += sum(total);
+    s.total[i] += sum(total_of(weights));
 }
 
 // The chunk of keys that a tile's first query begins with, and the end of its last query's keys.
@@ -278,7 +372,8 @@ INLINE void locate(const Attention& a, const Tile& tile, int64_t first, Chunk<T>
 // head, acc, factor)` takes its result, acc · factor.
 template <class Q, class T, class Query, class Done>
 INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query query, Done done) {
-    State s;
+    typedef typename OperandOf<T>::Type Operand;
+    State<Operand> s;
     const Span& span = *tile.span;
     const int dim = (int)a.dim, value_dim = (int)a.value_dim;
     const int64_t group = a.heads / a.kv_heads;
@@ -292,6 +387,7 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
         s.total[i] = 0;
         s.position[i] = span.start + row;
     }
+    const Weights<Operand>* weights = (const Weights<Operand>*)s.scores;
     const int64_t end = last_key(tile);
     Chunk<T> chunks[2];
     Ahead ahead;
@@ -303,18 +399,19 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
         if (first + kChunk < end) locate(a, tile, first + kChunk, after, ahead);
         else if (next) locate(a, *next, first_key(a, *next), after, ahead);
         else ahead.clear();
-        turn(now.keys, now.count, dim, s.turned);
+        ahead.expect((2 * ((num_queries + 5) / 6) + 1) * now.count * (dim + value_dim) / kLanes / 4 + 1);
+        turn(now.keys, now.count, dim, s.turned, ahead);
         int i = 0;
         for (; i + 6 <= num_queries; i += 6) score<6, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
         for (; i + 3 <= num_queries; i += 3) score<3, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
         for (; i < num_queries; ++i) score<1, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
         for (i = 0; i < num_queries; ++i) soften(s, i, first, now.count, value_dim, a.window);
         for (i = 0; i + 6 <= num_queries; i += 6)
-            gather<6>(now.values, now.count, value_dim, s.scores + i, s.acc + i, ahead);
+            gather<6, T>(now.values, now.count, value_dim, weights + i, s.acc + i, ahead);
         for (; i + 3 <= num_queries; i += 3)
-            gather<3>(now.values, now.count, value_dim, s.scores + i, s.acc + i, ahead);
+            gather<3, T>(now.values, now.count, value_dim, weights + i, s.acc + i, ahead);
         for (; i < num_queries; ++i)
-            gather<1>(now.values, now.count, value_dim, s.scores + i, s.acc + i, ahead);
+            gather<1, T>(now.values, now.count, value_dim, weights + i, s.acc + i, ahead);
     }
     for (int i = 0; i < num_queries; ++i) {
         for (int d = 0; d + 2 * kLanes <= value_dim; d += 2 * kLanes) {

@@ -67,7 +67,8 @@ namespace isa0 {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define WIDE(call, ...)                                    \
-    (isa == 512   ? isa512::call(__VA_ARGS__)              \
+    (isa == 513   ? isa513::call(__VA_ARGS__)              \
+     : isa == 512 ? isa512::call(__VA_ARGS__)              \
      : isa == 256 ? isa256::call(__VA_ARGS__)              \
                   : isa0::call(__VA_ARGS__))
 
@@ -89,12 +90,21 @@ namespace isa512 {
 }  // namespace isa512
 #pragma GCC pop_options
 
-// The widest instruction set that both this machine and this library know: 512, 256 or 0.
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vnni,avx512bf16")
+#undef ISA
+#define ISA 513
+namespace isa513 {
+#include "isa.h"
+}  // namespace isa513
+#pragma GCC pop_options
+
+// The most able instruction set that both this machine and this library know: 513, 512, 256 or 0.
 extern "C" int64_t logitmill_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return 512;
+        return __builtin_cpu_supports("avx512bf16") ? 513 : 512;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 256 : 0;
 }
 #else

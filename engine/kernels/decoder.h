@@ -68,7 +68,7 @@ struct Buffers {
     Codes inner;     // [T, I]
     Tile* tiles;
     int64_t num_tiles;
-    int64_t* span_of;  // [T]
+    int64_t* place;  // [T]: where the first head's key and value go
     Phase* phases;
 };
 
@@ -100,7 +100,7 @@ INLINE int64_t lay_out(const Decoder& d, const Attention& a, int64_t num_tokens,
     b.inner = codes(d.inner);
     b.num_tiles = make_tiles(a, nullptr);
     b.tiles = (Tile*)take(b.num_tiles * sizeof(Tile));
-    b.span_of = (int64_t*)take(num_tokens * 8);
+    b.place = (int64_t*)take(num_tokens * 8);
     used = (used + 127) / 128 * 128;
     b.phases = (Phase*)take(count_phases(d) * sizeof(Phase));
     return used;
@@ -154,17 +154,18 @@ INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, fl
     }
 }
 
-// Queries, keys or values of one head: product, norm, rotation; keys and values go to the cache.
+// Queries, keys or values of one head for some tokens: product, norm, rotation; keys and values go to
+// the cache.
 template <class T>
-INLINE void project(const Step& s, const Layer& layer, const Attention& a, const Buffers& b,
-                    int64_t head, Upcoming& upcoming) {
+INLINE void project(const Step& s, const Layer& layer, const Buffers& b, int64_t head, int64_t first,
+                    int64_t last, Upcoming& upcoming) {
     const Decoder& d = *s.decoder;
     const int64_t panels = d.dim / kPanel;
     const bool is_query = head < d.heads, is_key = !is_query && head < d.heads + d.kv_heads;
     alignas(64) float rows[kTile][kMaxDim];
     Vec out[kTile][kHalves];
-    for (int64_t row = 0; row < s.num_tokens; row += kTile) {
-        const int count = (int)smaller<int64_t>(kTile, s.num_tokens - row);
+    for (int64_t row = first; row < last; row += kTile) {
+        const int count = (int)smaller<int64_t>(kTile, last - row);
         for (int64_t panel = 0; panel < panels; ++panel) {
             multiply(layer.qkv, head * panels + panel, b.normed, row, count, out, upcoming);
             for (int r = 0; r < count; ++r)
@@ -187,7 +188,7 @@ INLINE void project(const Step& s, const Layer& layer, const Attention& a, const
                 continue;
             }
             const int64_t kv_head = (head - d.heads) % d.kv_heads;
-            const int64_t at = slot(a, s.spans[b.span_of[token]], kv_head, s.positions[token]);
+            const int64_t at = b.place[token] + kv_head * d.block_size;
             T* target = (T*)(is_key ? layer.keys : layer.values) + at * d.dim;
             for (int64_t i = 0; i < d.dim; i += kLanes) store(target + i, load(rows[r] + i));
         }
@@ -265,9 +266,14 @@ void run_layers(const Step& s, const Buffers& b) {
                 norm_and_quantize(b.x + t * d.hidden, layer.attention_norm, d.eps, b.normed, t);
             }
         });
-        walker.run_each(d.heads + 2 * d.kv_heads, [&](int64_t head, int64_t next) INLINE_LAMBDA {
-            Upcoming upcoming(layer.qkv, next * (d.dim / kPanel), d.dim / kPanel, num_tokens);
-            project<T>(s, layer, a, b, head, upcoming);
+        // Heads alone are so few that a thread would often wait for another to do its last one.
+        const int64_t size = (larger<int64_t>(num_tokens / 8, 16) + kTile - 1) / kTile * kTile;
+        const int64_t parts = (num_tokens + size - 1) / size;
+        walker.run_each((d.heads + 2 * d.kv_heads) * parts, [&](int64_t task, int64_t next) INLINE_LAMBDA {
+            Upcoming upcoming(layer.qkv, next / parts * (d.dim / kPanel), d.dim / kPanel,
+                              smaller(size, num_tokens));
+            const int64_t first = task % parts * size;
+            project<T>(s, layer, b, task / parts, first, smaller(first + size, num_tokens), upcoming);
         });
         walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t i = first; i < last; ++i) {
@@ -333,7 +339,9 @@ void forward(const Step& s) {
     lay_out(d, a, s.num_tokens, s.scratch + (128 - (uintptr_t)s.scratch % 128), b);
     make_tiles(a, b.tiles);
     for (int64_t i = 0; i < s.num_spans; ++i) {
-        for (int64_t row = 0; row < s.spans[i].num_rows; ++row) b.span_of[s.spans[i].first_row + row] = i;
+        const Span& span = s.spans[i];
+        for (int64_t row = 0; row < span.num_rows; ++row)
+            b.place[span.first_row + row] = slot(a, span, 0, span.start + row);
     }
     for (int64_t i = 0; i < count_phases(d); ++i) new (b.phases + i) Phase;
 #pragma omp parallel

@@ -51,7 +51,7 @@ template <int BITS>
 INLINE IntVec dot4(IntVec acc, ByteVec codes, const int8_t* x) {
     int32_t quad;
     std::memcpy(&quad, x, sizeof quad);
-#if ISA == 512
+#if ISA >= 512
     return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(quad));
 #elif ISA == 256
     const __m256i four = _mm256_set1_epi32(quad), ones = _mm256_set1_epi16(1);
@@ -157,7 +157,7 @@ INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row
 template <int BITS, int R>
 INLINE void multiply(const uint8_t* panel, const Codes& x, int64_t row, Vec (*out)[kHalves],
                      Upcoming& upcoming) {
-    constexpr int kTogether = ISA == 512 ? kHalves : 1;  // as there are registers for
+    constexpr int kTogether = ISA >= 512 ? kHalves : 1;  // as there are registers for
     for (int half = 0; half < kHalves; half += kTogether)
         multiply<BITS, R, kTogether>(panel, half, x, row, out, upcoming);
 }

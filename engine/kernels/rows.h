@@ -15,7 +15,7 @@ INLINE Vec load_tail(const float* row, int64_t i, int64_t vocab, float fill) {
 
 // Which lanes of a comparison's result hold true, a bit each.
 INLINE uint32_t bits_of(IntVec mask) {
-#if ISA == 512
+#if ISA >= 512
     return _mm512_movepi32_mask((__m512i)mask);
 #elif ISA == 256
     __m256 halves[2];

@@ -35,16 +35,36 @@ INLINE Vec load(const BFloat16* p) {
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 INLINE void store(BFloat16* p, Vec v) {
+#if ISA == 513
+    const HalfVec half = (HalfVec)_mm512_cvtneps_pbh((__m512)v);
+#else
     WordVec words = (WordVec)v;
     words += 0x7fff + ((words >> 16) & 1);  // to the nearest, ties to even
     const HalfVec half = __builtin_convertvector(words >> 16, HalfVec);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
+
+INLINE float number(float x) { return x; }
+
+INLINE float number(BFloat16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+#if ISA == 513
+// acc + the products of each lane's two numbers with the two of `pair`.
+INLINE Vec dot2(Vec acc, WordVec lanes, uint32_t pair) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(pair));
+}
+#endif
 
 // IEEE half precision to float. Without the conversion instruction: shift the bits into place, which
 // leaves the exponent's bias wrong by a factor of 2^112, also for subnormal numbers.
 INLINE Vec load_half(const uint16_t* p) {
-#if ISA == 512
+#if ISA >= 512
     return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
     HalfVec half;
@@ -92,7 +112,7 @@ INLINE Vec exp_negative(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-#if ISA == 512
+#if ISA >= 512
     const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
     return (Vec)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)n);
 #else

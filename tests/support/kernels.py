@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.kernels import native
 
-WIDTHS = (0, 256, 512)
+WIDTHS = (0, 256, 512, 513)
 
 
 def libraries() -> list[native.Library]:
