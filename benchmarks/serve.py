@@ -14,6 +14,7 @@ A warm-up is not counted. One line of JSON comes last.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -33,14 +34,16 @@ import httpx
 
 @dataclass
 class Sample:
-    """One answered request. Times in seconds."""
+    """One request and its answer as it comes. Times in seconds."""
 
     sent: float
-    first: float = 0.0
-    last: float = 0.0
+    times: list[float] = field(default_factory=list)  # of the chunks that hold tokens
     prompt_tokens: int = 0
     tokens: int = 0
-    gaps: list[float] = field(default_factory=list)
+
+    def gaps(self, begin: float = 0.0, end: float = float("inf")) -> list[float]:
+        """The times between tokens, of those that came between begin and end."""
+        return [b - a for a, b in itertools.pairwise(self.times) if begin <= a and b <= end]
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,12 @@ class Load:
         return draw.choices(range(1000, 30_000), k=self.prompt_tokens)
 
 
-async def ask(client: httpx.AsyncClient, load: Load, number: int) -> Sample:
-    """Send one request and time its tokens."""
-    sample = Sample(time.perf_counter())
+async def ask(
+    client: httpx.AsyncClient, load: Load, number: int, sample: Sample | None = None
+) -> Sample:
+    """Send one request and time its tokens, in a sample that can be watched."""
+    sample = Sample(0.0) if sample is None else sample
+    sample.sent = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=load.body(number)) as response:
         if response.status_code != 200:
             answer = (await response.aread()).decode()
@@ -87,13 +93,8 @@ async def ask(client: httpx.AsyncClient, load: Load, number: int) -> Sample:
                 continue
             chunk = json.loads(line[6:])
             if chunk["choices"]:
-                now = time.perf_counter()
-                if sample.tokens:
-                    sample.gaps.append(now - sample.last)
-                else:
-                    sample.first = now
-                sample.last = now
-                sample.tokens += 1
+                sample.times.append(time.perf_counter())
+                sample.tokens = len(sample.times)
             if usage := chunk.get("usage"):
                 sample.prompt_tokens = usage["prompt_tokens"]
                 sample.tokens = usage["completion_tokens"]
@@ -106,7 +107,7 @@ async def closed_loop(load: Load, clients: int, requests: int) -> list[Sample]:
     async def one(share: range, http: httpx.AsyncClient) -> list[Sample]:
         return [await ask(http, load, number) for number in share]
 
-    async with _http(load, clients) as http:
+    async with connect(load, clients) as http:
         shares = [range(client, requests, clients) for client in range(clients)]
         answered = await asyncio.gather(*(one(share, http) for share in shares))
     return [sample for samples in answered for sample in samples]
@@ -115,7 +116,7 @@ async def closed_loop(load: Load, clients: int, requests: int) -> list[Sample]:
 async def open_loop(load: Load, rate: float, requests: int) -> list[Sample]:
     """Requests arrive at `rate` per second on average."""
     arrivals = random.Random(load.seed)
-    async with _http(load, requests) as http:
+    async with connect(load, requests) as http:
         tasks = []
         for number in range(requests):
             tasks.append(asyncio.create_task(ask(http, load, number)))
@@ -123,7 +124,7 @@ async def open_loop(load: Load, rate: float, requests: int) -> list[Sample]:
         return await asyncio.gather(*tasks)
 
 
-def _http(load: Load, connections: int) -> httpx.AsyncClient:
+def connect(load: Load, connections: int) -> httpx.AsyncClient:
     # A connection for each request, because llama-server ends one after a stream without saying so.
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=load.url, timeout=None, limits=limits, trust_env=False)
@@ -131,17 +132,17 @@ def _http(load: Load, connections: int) -> httpx.AsyncClient:
 
 def summary(samples: list[Sample]) -> dict[str, Any]:
     """Lengths, tokens per second over the whole, and the spread of each time in milliseconds."""
-    span = max(s.last for s in samples) - min(s.sent for s in samples)
+    span = max(s.times[-1] for s in samples) - min(s.sent for s in samples)
     tokens = sum(s.tokens for s in samples)
-    per_token = [(s.last - s.first) / (s.tokens - 1) for s in samples if s.tokens > 1]
+    per_token = [(s.times[-1] - s.times[0]) / (s.tokens - 1) for s in samples if s.tokens > 1]
     return {
         "requests": len(samples),
         "prompt_tokens": median(s.prompt_tokens for s in samples),
         "output_tokens": median(s.tokens for s in samples),
         "tokens_per_s": round(tokens / span, 1),
-        "ttft_ms": spread([s.first - s.sent for s in samples]),
+        "ttft_ms": spread([s.times[0] - s.sent for s in samples]),
         "time_per_token_ms": spread(per_token),
-        "gap_ms": spread([gap for s in samples for gap in s.gaps]),
+        "gap_ms": spread([gap for s in samples for gap in s.gaps()]),
     }
 
 

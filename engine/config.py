@@ -105,7 +105,7 @@ class EngineConfig(BaseModel):
         default=None,
         ge=1,
         description="Most prompt tokens computed in a step for each sequence that gets a token in "
-        "it, but at least 16: so a long prompt does not hold up running streams. Default: 3 on "
+        "it, but at least 16: so a long prompt does not hold up running streams. Default: 2 on "
         "CPU, no limit on CUDA",
     )
     max_beam_width: int = Field(
@@ -152,4 +152,4 @@ class EngineConfig(BaseModel):
 
     def prompt_tokens_beside(self, device: str) -> int | None:
         """How many prompt tokens a step may have for each running sequence; None: any number."""
-        return self.prefill_ratio or (3 if device == "cpu" else None)
+        return self.prefill_ratio or (2 if device == "cpu" else None)

@@ -121,7 +121,7 @@ def test_prompts_take_only_so_much_of_a_step_beside_running_streams(
 
 def test_only_on_cpu_there_is_such_a_limit_by_default() -> None:
     config = EngineConfig()
-    assert config.prompt_tokens_beside("cpu") == 3
+    assert config.prompt_tokens_beside("cpu") == 2
     assert config.prompt_tokens_beside("cuda") is None
     assert EngineConfig(prefill_ratio=7).prompt_tokens_beside("cuda") == 7
 

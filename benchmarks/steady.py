@@ -1,0 +1,115 @@
+"""How steadily a server streams: alone, and while it reads long prompts.
+
+Some clients stream. For a while they are alone; then long prompts with one token of output come,
+one after the other. A line each has the time between tokens, and how long `GET /live` takes, which
+is no less than the server's event loop is held up. The load generator has the same cores, so both
+are upper bounds. One line of JSON comes last.
+
+    python -m benchmarks.steady --clients 8
+    python -m benchmarks.steady --clients 64 --long-prompt 4096 --server-args "--max-model-len 8192"
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from benchmarks import serve
+
+
+@dataclass
+class Watch:
+    """What has been seen so far. Times in seconds."""
+
+    streams: list[serve.Sample]
+    probes: list[tuple[float, float]] = field(default_factory=list)  # when, and how long
+
+    def between(self, begin: float, end: float) -> dict[str, Any]:
+        """Milliseconds between tokens and of the probes."""
+        gaps = [gap for stream in self.streams for gap in stream.gaps(begin, end)]
+        probes = [took for at, took in self.probes if begin <= at < end]
+        return {
+            "seconds": round(end - begin, 1),
+            "tokens": len(gaps),
+            "gap_ms": spread(gaps),
+            "live_ms": spread(probes),
+        }
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    return serve.spread(seconds) | {"max": round(max(seconds, default=0.0) * 1e3, 1)}
+
+
+async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> dict[str, Any]:
+    """What the streams of some clients were like alone, and beside long prompts."""
+    watch = Watch([serve.Sample(0.0) for _ in range(clients)])
+    long = replace(load, prompt_tokens=args.long_prompt, output_tokens=1, seed=f"{load.seed}:long")
+    async with serve.connect(load, clients + 2) as http, asyncio.TaskGroup() as group:
+        streams = [
+            group.create_task(serve.ask(http, load, number, sample))
+            for number, sample in enumerate(watch.streams)
+        ]
+        probing = group.create_task(_probe(http, watch))
+        deadline = time.perf_counter() + 120
+        while not all(len(stream.times) > 2 for stream in watch.streams):
+            if time.perf_counter() > deadline:
+                raise SystemExit("not all streams have begun after two minutes")
+            await asyncio.sleep(0.05)
+        alone = time.perf_counter()
+        await asyncio.sleep(args.seconds)
+        beside = time.perf_counter()
+        for number in range(args.prompts):
+            await serve.ask(http, long, number)
+        end = time.perf_counter()
+        if any(stream.done() for stream in streams):
+            raise SystemExit("a stream ended too early: ask for more --output-tokens")
+        for task in (*streams, probing):
+            task.cancel()
+    return {"alone": watch.between(alone, beside), "long prompts": watch.between(beside, end)}
+
+
+async def _probe(http: httpx.AsyncClient, watch: Watch) -> None:
+    while True:
+        begin = time.perf_counter()
+        await http.get("/live")
+        watch.probes.append((begin, time.perf_counter() - begin))
+        await asyncio.sleep(0.01)
+
+
+@serve.failing_in_a_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", help="a running server; default: start one")
+    parser.add_argument("--model", help="what to serve, if a server is started")
+    parser.add_argument("--server-args", default="", help="more arguments for that server")
+    parser.add_argument("--seconds", type=float, default=5.0, help="that the streams are alone")
+    parser.add_argument("--long-prompt", type=int, default=1024, help="tokens of a long prompt")
+    parser.add_argument("--prompts", type=int, default=2, help="how many long prompts")
+    serve.add_load_options(parser)
+    parser.set_defaults(clients=[8, 32, 64], prompt_tokens=16, output_tokens=1500)
+    args = parser.parse_args()
+    if args.url:
+        run(args, args.url)
+    else:
+        with serve.own_server(args.model, args.server_args.split()) as url:
+            run(args, url)
+
+
+def run(args: argparse.Namespace, url: str) -> None:
+    load = serve.load_of(args, url)
+    serve.warm_up(load, max(args.clients))
+    report = {}
+    for clients in args.clients:
+        fresh = replace(load, seed=f"{load.seed}:{clients}")
+        found = report[str(clients)] = asyncio.run(watched(fresh, args, clients))
+        for name, one in found.items():
+            print(f"{clients} clients, {name}: {one}", flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
