@@ -48,28 +48,38 @@ async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> d
     """What the streams of some clients were like alone, and beside long prompts."""
     watch = Watch([serve.Sample(0.0) for _ in range(clients)])
     long = replace(load, prompt_tokens=args.long_prompt, output_tokens=1, seed=f"{load.seed}:long")
-    async with serve.connect(load, clients + 2) as http, asyncio.TaskGroup() as group:
+    async with serve.connect(load, clients + 2) as http:
         streams = [
-            group.create_task(serve.ask(http, load, number, sample))
+            asyncio.create_task(serve.ask(http, load, number, sample))
             for number, sample in enumerate(watch.streams)
         ]
-        probing = group.create_task(_probe(http, watch))
-        deadline = time.perf_counter() + 120
-        while not all(len(stream.times) > 2 for stream in watch.streams):
-            if time.perf_counter() > deadline:
-                raise SystemExit("not all streams have begun after two minutes")
-            await asyncio.sleep(0.05)
-        alone = time.perf_counter()
-        await asyncio.sleep(args.seconds)
-        beside = time.perf_counter()
-        for number in range(args.prompts):
-            await serve.ask(http, long, number)
-        end = time.perf_counter()
-        if any(stream.done() for stream in streams):
-            raise SystemExit("a stream ended too early: ask for more --output-tokens")
-        for task in (*streams, probing):
-            task.cancel()
+        probing = asyncio.create_task(_probe(http, watch))
+        try:
+            deadline = time.perf_counter() + 120
+            while not all(len(stream.times) > 2 for stream in watch.streams):
+                await _all_going(streams)
+                if time.perf_counter() > deadline:
+                    raise SystemExit("not all streams have begun after two minutes")
+                await asyncio.sleep(0.01)
+            alone = time.perf_counter()
+            await asyncio.sleep(args.seconds)
+            beside = time.perf_counter()
+            for number in range(args.prompts):
+                await serve.ask(http, long, number)
+            end = time.perf_counter()
+            await _all_going(streams)
+        finally:
+            for task in (*streams, probing):
+                task.cancel()
+            await asyncio.gather(*streams, probing, return_exceptions=True)
     return {"alone": watch.between(alone, beside), "long prompts": watch.between(beside, end)}
+
+
+async def _all_going(streams: list["asyncio.Task[serve.Sample]"]) -> None:
+    for stream in streams:
+        if stream.done():
+            await stream  # raises what went wrong
+            raise SystemExit("a stream ended too early: ask for more --output-tokens")
 
 
 async def _probe(http: httpx.AsyncClient, watch: Watch) -> None:

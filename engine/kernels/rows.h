@@ -272,6 +272,7 @@ void log_softmax_rows(const Rows& rows, float* out) {
 
 // Between each row and its share of the others, which come in the order of the rows.
 void divergence_rows(const Rows& rows, const Rows& others, double* out) {
+    if (others.count == 0) return;
     const int64_t share = others.count / rows.count;
     Distribution* of_rows = (Distribution*)std::malloc(rows.count * sizeof(Distribution));
 #pragma omp parallel

@@ -154,6 +154,17 @@ def test_soft_bans_are_lifted_in_turn_where_nothing_would_be_left(
     assert torch.equal(bits(got[2]), bits(logits[2]))
 
 
+def test_where_a_ban_is_lifted_all_else_is_done_once() -> None:
+    rest = {"allowed_token_ids": [3], "repetition_penalty": 1.5, "frequency_penalty": 0.5}
+    rest |= {"dry_multiplier": 0.8, "dry_allowed_length": 1}
+    specs = [Spec(params, (3, 4, 3), [3, 4, 3]) for params in (rest, rest | {"bad_words": ["3"]})]
+    logits = random_rows(1, 600).expand(2, -1).clone()
+    want, got = process(STAGES, specs, logits)
+    assert kept(want) == {3}
+    assert not torch.equal(want[3], logits[0, 3])
+    assert torch.equal(bits(got), bits(want))
+
+
 def test_bans_are_only_lifted_where_the_request_has_them() -> None:
     stuck = Spec({"allowed_token_ids": [3], "no_repeat_ngram_size": 1}, (3,))
     banned = Spec({"bad_words": ["3"]})
