@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("servers", type=named, nargs="+", metavar="NAME=URL")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, help="in a round; default: 3 for each client")
     parser.add_argument(
         "--params-for",
         type=named,

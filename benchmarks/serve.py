@@ -36,7 +36,7 @@ import httpx
 class Sample:
     """One request and its answer as it comes. Times in seconds."""
 
-    sent: float
+    sent: float = 0.0
     times: list[float] = field(default_factory=list)  # of the chunks that hold tokens
     prompt_tokens: int = 0
     tokens: int = 0
@@ -80,7 +80,7 @@ async def ask(
     client: httpx.AsyncClient, load: Load, number: int, sample: Sample | None = None
 ) -> Sample:
     """Send one request and time its tokens, in a sample that can be watched."""
-    sample = Sample(0.0) if sample is None else sample
+    sample = sample or Sample()
     sample.sent = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=load.body(number)) as response:
         if response.status_code != 200:
@@ -98,6 +98,10 @@ async def ask(
             if usage := chunk.get("usage"):
                 sample.prompt_tokens = usage["prompt_tokens"]
                 sample.tokens = usage["completion_tokens"]
+        if not sample.times:
+            raise httpx.RemoteProtocolError(
+                "the stream ended without a token", request=response.request
+            )
     return sample
 
 
@@ -125,6 +129,7 @@ async def open_loop(load: Load, rate: float, requests: int) -> list[Sample]:
 
 
 def connect(load: Load, connections: int) -> httpx.AsyncClient:
+    """A client of the load's server, for that many requests at once."""
     # A connection for each request, because llama-server ends one after a stream without saying so.
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=load.url, timeout=None, limits=limits, trust_env=False)
@@ -190,7 +195,6 @@ def warm_up(load: Load, clients: int) -> None:
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, help="default: 3 for each client")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument(
@@ -235,6 +239,7 @@ def main() -> None:
     parser.add_argument("--model", help="what to serve, if a server is started")
     parser.add_argument("--server-args", default="", help="more arguments for that server")
     parser.add_argument("--rate", type=float, help="open loop: requests per second")
+    parser.add_argument("--requests", type=int, help="default: 3 for each client")
     add_load_options(parser)
     args = parser.parse_args()
     if args.url:

@@ -5,8 +5,8 @@ one after the other. A line each has the time between tokens, and how long `GET 
 is no less than the server's event loop is held up. The load generator has the same cores, so both
 are upper bounds. One line of JSON comes last.
 
-    python -m benchmarks.steady --clients 8
-    python -m benchmarks.steady --clients 64 --long-prompt 4096 --server-args "--max-model-len 8192"
+    python -m benchmarks.steady
+    python -m benchmarks.steady --clients 8 --long-prompt 4096 --prompts 1
 """
 
 import argparse
@@ -46,7 +46,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> dict[str, Any]:
     """What the streams of some clients were like alone, and beside long prompts."""
-    watch = Watch([serve.Sample(0.0) for _ in range(clients)])
+    watch = Watch([serve.Sample() for _ in range(clients)])
     long = replace(load, prompt_tokens=args.long_prompt, output_tokens=1, seed=f"{load.seed}:long")
     async with serve.connect(load, clients + 2) as http:
         streams = [

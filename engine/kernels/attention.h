@@ -399,6 +399,7 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
         if (first + kChunk < end) locate(a, tile, first + kChunk, after, ahead);
         else if (next) locate(a, *next, first_key(a, *next), after, ahead);
         else ahead.clear();
+        // A line for 32 numbers of each key and value, for every six queries, and some from turning.
         ahead.expect((2 * ((num_queries + 5) / 6) + 1) * now.count * (dim + value_dim) / kLanes / 4 + 1);
         turn(now.keys, now.count, dim, s.turned, ahead);
         int i = 0;

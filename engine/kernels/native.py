@@ -2,7 +2,7 @@
 
 They run in the OpenMP threads that torch has already started: the library is linked against none,
 and finds torch's when it is loaded after it. The variable LOGITMILL_KERNELS chooses what is used:
-`auto`, `off`, or the vector width in bits to stay within.
+`auto`, `off`, or the vector width in bits to stay within, which leaves out products of bfloat16.
 """
 
 import ctypes

@@ -48,6 +48,9 @@ def stand_in(name: str, log: list[tuple[str, Any]], usage: dict[str, int] | None
             if "unknown" in body:
                 self._answer(400, "what is unknown?")
                 return
+            if "empty" in body:
+                self._answer(200, "data: [DONE]\n\n")
+                return
             chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "text": "x"}]}] * 3
             chunks = chunks if usage is None else [*chunks, {"choices": [], "usage": usage}]
             lines = [*map(json.dumps, chunks), "[DONE]"]
@@ -142,10 +145,13 @@ def test_a_failure_ends_it_in_a_line() -> None:
     with stand_in("a", [], None) as a:
         refused = compare(f"a={a}", "--params-for", 'a={"unknown": 1}')
         unnamed = compare(f"a={a}", "--params-for", 'b={"unknown": 1}')
+        empty = compare(f"a={a}", "--params-for", 'a={"empty": 1}')
     gone = compare(f"a={a}")
 
     assert refused.returncode == gone.returncode == 1
     assert refused.stderr == f"{a}/v1/completions: 400: what is unknown?\n"
+    assert empty.returncode == 1
+    assert empty.stderr == f"{a}/v1/completions: the stream ended without a token\n"
     assert gone.stderr.startswith(f"{a}/v1/models: ")
     assert gone.stderr.count("\n") == 1
     assert unnamed.returncode == 2

@@ -1,15 +1,15 @@
-"""The compiled kernels, once for each vector width that this machine has."""
+"""The compiled kernels, once for each instruction set that this machine has."""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from engine.kernels import native
 
-WIDTHS = (0, 256, 512, 513)
+ISAS = (0, 256, 512, 513)
 
 
 def libraries() -> list[native.Library]:
-    """Narrowest first; none where the kernels were not compiled, or are switched off."""
+    """The least able first; none where the kernels were not compiled, or are switched off."""
     if native.LIBRARY is None:
         return []
     folder = Path(native.__file__).parent
@@ -18,4 +18,4 @@ def libraries() -> list[native.Library]:
         for suffix in EXTENSION_SUFFIXES
         if (folder / f"_cpu{suffix}").exists()
     ]
-    return [native.Library(path, width) for width in WIDTHS if width <= native.LIBRARY.isa]
+    return [native.Library(path, isa) for isa in ISAS if isa <= native.LIBRARY.isa]

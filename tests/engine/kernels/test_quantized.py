@@ -10,7 +10,7 @@ from engine.kernels.quantized import GROUP, Groups, QuantizedLinear, stacked
 from tests.support.kernels import libraries
 
 LIBRARIES = pytest.mark.parametrize(
-    "library", libraries(), ids=lambda library: f"{library.isa} bits wide"
+    "library", libraries(), ids=lambda library: f"isa {library.isa}"
 )
 BITS = pytest.mark.parametrize("bits", [4, 8])
 SIZES = [(16, 32), (48, 64), (33, 96), (7, 576)]  # outputs in whole panels of 32 or not

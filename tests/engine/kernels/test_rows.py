@@ -1,4 +1,4 @@
-"""Passes over rows of logits, for each vector width alike; their references are in numerics."""
+"""Passes over rows of logits, for each instruction set alike; their references are in numerics."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def rows() -> Tensor:
     return torch.cat((hard_rows(5003), logits, logits.round()))
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda library: str(library.isa))
-def test_every_vector_width_finds_the_same_entries(library: Library) -> None:
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: f"isa {library.isa}")
+def test_every_instruction_set_finds_the_same_entries(library: Library) -> None:
     logits = rows()
     widest = libraries()[-1]
     top, first = library.scan(logits)
@@ -32,8 +32,8 @@ def test_every_vector_width_finds_the_same_entries(library: Library) -> None:
             assert torch.equal(got.nan_to_num(7e9), reference.nan_to_num(7e9))
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda library: str(library.isa))
-def test_every_vector_width_measures_what_float64_does(library: Library) -> None:
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: f"isa {library.isa}")
+def test_every_instruction_set_measures_what_float64_does(library: Library) -> None:
     logits = random_rows(8, 5003)
     factor = torch.tensor([0.5, 1.0]).repeat(4)
     top, mass, moment = library.measure(logits, factor)
@@ -46,8 +46,8 @@ def test_every_vector_width_measures_what_float64_does(library: Library) -> None
     torch.testing.assert_close(library.deviation(logits).double(), wide, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda library: str(library.isa))
-def test_every_vector_width_finds_the_divergence_of_float64(library: Library) -> None:
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: f"isa {library.isa}")
+def test_every_instruction_set_finds_the_divergence_of_float64(library: Library) -> None:
     logits, others = random_rows(3, 5003), random_rows(9, 5003, seed=1) * 0.3
     logits[1, ::3] = others[2, 1::3] = NEG_INF
     others[4], others[5] = logits[1], logits[1].roll(1)

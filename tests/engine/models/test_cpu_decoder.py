@@ -26,7 +26,7 @@ PROMPTS = [
     for length, step in ((1, 1), (6, 7), (13, 11), (22, 3), (70, 5))
 ]
 LIBRARIES = pytest.mark.parametrize(
-    "library", libraries(), ids=lambda library: f"{library.isa} bits wide"
+    "library", libraries(), ids=lambda library: f"isa {library.isa}"
 )
 
 
