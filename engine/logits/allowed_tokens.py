@@ -1,6 +1,5 @@
 """A hard mask: only the listed tokens are possible."""
 
-import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
@@ -15,7 +14,7 @@ class AllowedTokens(Transform):
     fields = ("allowed_token_ids",)
 
     def __init__(self, lanes: Lanes) -> None:
-        self.limited = lanes.column(torch.bool, neutral=False)
+        self.limited = lanes.flags()
         self.allowed = lanes.ragged()
 
     def admit(self, lane: int, request: Request) -> bool:
@@ -27,6 +26,6 @@ class AllowedTokens(Transform):
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
         row, token_id, _ = self.allowed.at(rows)
         allowed = logits[row, token_id]
-        logits.masked_fill_(self.limited.at(rows), NEG_INF)
+        logits[self.limited[rows.host_lanes].nonzero()[0].tolist()] = NEG_INF
         logits[row, token_id] = allowed
         return logits

@@ -43,9 +43,10 @@ class Mirostat(Filter):
         version, mu = self.version.at(rows), self.mu.at(rows)
         floor = (candidates.total - mu * math.log(2.0)).float()
         candidates.keep_above(floor.minimum(candidates.top), active=version == 2)
-        if self.first[rows.host_lanes].any():
+        if first := self.first[rows.host_lanes].nonzero()[0].tolist():
             rank = candidates.alive.cumsum(1)
-            limit = _allowed(candidates, mu)
+            limit = torch.ones_like(version)
+            limit[first] = _allowed(candidates, mu, first)
             seen = rank[:, -1:]
             fitted = seen >= _FITTED
             # A row that may keep all tokens has nothing to look for in its tail.
@@ -62,10 +63,10 @@ class Mirostat(Filter):
         self.mu.values[rows.lanes] = torch.where(final, changed, self.mu.at(rows)).squeeze(1)
 
 
-def _allowed(candidates: Candidates, mu: Tensor) -> Tensor:
-    """How many tokens a limit of `mu` bits allows, [R, 1] int64."""
-    logits = candidates.logits[:, :_FITTED].double()
-    probs = (logits - candidates.total).exp_().float().double()
+def _allowed(candidates: Candidates, mu: Tensor, rows: list[int]) -> Tensor:
+    """How many tokens a limit of `mu` bits allows in some rows, [r, 1] int64."""
+    mu, logits = mu[rows], candidates.logits[rows, :_FITTED].double()
+    probs = (logits - candidates.total[rows]).exp_().float().double()
     pairs = (probs[:, 1:] > 0.0).sum(1, keepdim=True)
     index = torch.arange(probs.shape[1] - 1, dtype=torch.float64, device=probs.device)
     used = index < pairs

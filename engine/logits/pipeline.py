@@ -69,21 +69,26 @@ class Pipeline:
             self.wanted[child] = self.wanted[parent]
         self._order_of[children] = self._order_of[parents]
 
-    def transform(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Biases, penalties and bans over logits [R, V] float32, which are only read.
+    def transform(self, logits: Tensor, rows: Rows, *, in_place: bool = False) -> Tensor:
+        """Biases, penalties and bans over logits [R, V] float32, only read if not `in_place`.
 
         A row that comes out all -inf has no valid token.
         """
-        wanted = [self.wanted[lane] & self._any_transform for lane in rows.host_lanes]
-        subset = [row for row, stages in enumerate(wanted) if stages]
+        subset = self.transformed(rows)
         if not subset:
             return logits
         stages = self._wanted_of(self.transforms, rows)
         if len(subset) == len(rows):
-            return run_transforms(stages, logits, rows)
+            return run_transforms(stages, logits, rows, in_place=in_place)
         index = torch.tensor(subset, dtype=torch.int64, device=logits.device)
         part = run_transforms(stages, logits, rows.select(subset, index), index)
-        return logits.index_copy(0, index, part)
+        changed = logits if in_place else logits.clone()
+        return changed.index_copy_(0, index, part)
+
+    def transformed(self, rows: Rows) -> list[int]:
+        """Which rows any transform may change."""
+        lanes = enumerate(rows.host_lanes)
+        return [row for row, lane in lanes if self.wanted[lane] & self._any_transform]
 
     def filter(self, logits: Tensor, rows: Rows) -> list[Filtered]:
         """Temperature and filters over sampled rows, each with a finite entry.
@@ -130,18 +135,27 @@ class Pipeline:
 
 
 def run_transforms(
-    stages: Sequence[Stage], given: Tensor, rows: Rows, index: Tensor | None = None
+    stages: Sequence[Stage],
+    given: Tensor,
+    rows: Rows,
+    index: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """Run transforms in order on the rows of `given` [N, V], which is only read; [R, V].
+    """Run transforms in order on the rows of `given` [N, V]; [R, V].
 
-    With an `index` [R] on those rows of it. Where nothing is left, they run again without the soft
-    bans, lifted last first.
+    With an `index` [R] on those rows of it. What is given is only read, unless all its rows may be
+    changed `in_place`. Where nothing is left, they run again without the soft bans, lifted last
+    first.
     """
-    logits = given.clone() if index is None else given[index]
+    soft = [stage for stage in stages if isinstance(stage, Transform) and stage.soft_ban]
+    if index is not None:
+        logits = given[index]
+    else:
+        logits = given if in_place and not soft else given.clone()
     for stage in stages:
         assert isinstance(stage, Transform)
         logits = stage.apply(logits, rows)
-    soft = [stage for stage in stages if isinstance(stage, Transform) and stage.soft_ban]
     if not soft:
         return logits
     empty = (scan(logits)[0] == NEG_INF).nonzero().squeeze(1)

@@ -39,6 +39,7 @@ from tests.support.logits import (
     random_rows,
     rows_of,
     run_pipeline,
+    with_signals,
 )
 
 FILTERS = {
@@ -266,6 +267,28 @@ def test_stages_of_sampled_rows_come_last() -> None:
     assert kinds == sorted(kinds)
     soft = [s.__name__ for s in STAGES if issubclass(s, Transform) and s.soft_ban]
     assert soft == ["MinTokens", "BadWords", "NoRepeatNgram"]
+
+
+def test_transforms_in_place_come_out_the_same() -> None:
+    logits = random_rows(120, 600)
+    fields = [name for stage in STAGES for name in stage.fields]
+    params = [one if i % 3 else {} for i, one in enumerate(examples(fields, len(logits)))]
+    seqs = histories(len(logits), 50)
+    specs = [Spec(one, *seq) for one, seq in zip(params, seqs, strict=True)]
+    lanes, lane_ids = lanes_for(specs, 600)
+    pipeline = Pipeline(STAGES, lanes)
+    for lane, spec in zip(lane_ids, specs, strict=True):
+        place(lanes, lane, spec, pipeline)
+    rows = with_signals(rows_of(specs, lane_ids), logits)
+    some = pipeline.transformed(rows)
+    assert 10 < len(some) < len(logits)
+    for chosen in (list(range(len(logits))), some, some[:1]):
+        given, its = logits[chosen], rows.select(chosen, torch.tensor(chosen))
+        before = given.clone()
+        want = pipeline.transform(given, its)
+        assert torch.equal(bits(given), bits(before))
+        got = pipeline.transform(given, its, in_place=True)
+        assert torch.equal(bits(got), bits(want))
 
 
 def test_a_step_without_rows_is_possible() -> None:
