@@ -123,6 +123,7 @@ class Case:
 
     def step(self, logits: Tensor) -> tuple[float, float]:
         """Seconds inside the pipeline, and in all."""
+        logits = logits.clone()  # the sampler may write into what a model gives it
         self.inside_s = 0.0
         begin = time.perf_counter()
         positions = [self.position] * len(self.rows)
@@ -133,10 +134,10 @@ class Case:
         return self.inside_s, time.perf_counter() - begin
 
     def _clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def clocked(*args: Any) -> Any:
+        def clocked(*args: Any, **options: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return call(*args)
+                return call(*args, **options)
             finally:
                 self.inside_s += time.perf_counter() - begin
 

@@ -16,6 +16,12 @@ BLOCK = 256  # tokens per block of the vocabulary
 NEG_INF = float("-inf")
 
 
+def kernels(logits: Tensor) -> native.Library | None:
+    """What takes the place of torch for rows of logits like these, if anything does."""
+    fits = logits.is_cpu and logits.dtype == torch.float32 and logits.stride(1) == 1
+    return native.LIBRARY if fits else None
+
+
 def blocked(x: Tensor, fill: float) -> Tensor:
     """[R, V] as [R, ceil(V / 256), 256], the end padded with `fill`."""
     size = x.shape[-1]
@@ -31,7 +37,7 @@ def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
     `torch.argmax` does not say which of equal entries it returns. Here the first block that
     reaches the maximum is found, then the first entry in it.
     """
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.scan(logits)
     blocks = blocked(logits, NEG_INF)
     block_max = blocks.amax(-1)
@@ -56,7 +62,7 @@ def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, T
     temperature [R]. Returns top [R], Σe [R, B] and Σe·(z - top) [R, B]; dropped (-inf) entries
     count nothing. A row needs a finite entry.
     """
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.measure(logits, 1.0 / temperature)
     top, _ = scan(logits)
     z = logits - top.unsqueeze(1)
@@ -70,7 +76,7 @@ def summarise(logits: Tensor, temperature: Tensor) -> Tensor:
 
     temperature is [R]. A row needs a finite entry.
     """
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.summarise(logits, temperature.contiguous())
     top, mass, moment = block_masses(logits, temperature)
     total = mass.double().sum(1)
@@ -79,9 +85,25 @@ def summarise(logits: Tensor, temperature: Tensor) -> Tensor:
     return torch.stack((total.log() + scaled, entropy)).unsqueeze(2)
 
 
+def moments(logits: Tensor) -> Tensor:
+    """ln Σ exp z of each row, and of its softmax entropy in nats and varentropy in nats².
+
+    [3, R, 1] float64. A row needs a finite entry.
+    """
+    if (library := kernels(logits)) is not None:
+        return library.moments(logits)
+    top = logits.amax(1, keepdim=True).double()
+    below = (logits.double() - top).clamp_(min=-1e30)  # 0 times infinity is no number
+    mass = below.exp()
+    total = row_sum(mass)
+    mean = row_sum(mass * below) / total
+    varentropy = row_sum(mass * (below - mean).square_()) / total
+    return torch.stack((total.log() + top, total.log() - mean, varentropy))
+
+
 def rank(logits: Tensor, width: int, temperature: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """`best` and `summarise`, in one pass over the rows if possible."""
-    if (library := _kernels(logits)) is None:
+    if (library := kernels(logits)) is None:
         return best(logits, width), summarise(logits, temperature)
     return library.rank(logits, min(width, logits.shape[1]), temperature.contiguous())
 
@@ -94,14 +116,14 @@ def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def count_finite(logits: Tensor) -> Tensor:
     """How many entries of each row are not -inf, [R, 1] int64."""
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.count(logits).unsqueeze(1)
     return (logits > NEG_INF).sum(1, keepdim=True)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
     """The logprobs of each row, [R, V] float32; one without a finite entry stays as it is."""
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.log_softmax(logits)
     top, rest = log_sum_exp(logits)
     # One after the other: where logits are large, their sum has too few digits in float32.
@@ -123,7 +145,7 @@ def divergence(logits: Tensor, others: Tensor, index: Tensor) -> Tensor:
 
     others [N, V]; index [R, M] int64 says which. Each row needs a finite entry.
     """
-    if (library := _kernels(logits)) is not None and _kernels(others) is not None:
+    if (library := kernels(logits)) is not None and kernels(others) is not None:
         return library.divergence(logits, others, index)
     half, own = _half_of(logits)
     halves, its = _half_of(others[index].flatten(0, 1))
@@ -143,7 +165,7 @@ def _half_of(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def deviation(logits: Tensor) -> Tensor:
     """The population standard deviation of each row's finite entries, [R, 1]."""
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.deviation(logits).unsqueeze(1)
     alive = logits > NEG_INF
     count = row_sum(alive.float())
@@ -157,7 +179,7 @@ def cut_(logits: Tensor, temperature: Tensor, floor: Tensor) -> None:
 
     temperature and floor are [R] float32.
     """
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         library.cut(logits, temperature.contiguous(), floor.contiguous())
     else:
         below = logits / temperature.unsqueeze(1) < floor.unsqueeze(1)
@@ -173,7 +195,7 @@ def best(logits: Tensor, width: int, index: Tensor | None = None) -> tuple[Tenso
     row with equals across the border is sorted whole.
     """
     width = min(width, logits.shape[1])
-    if (library := _kernels(logits)) is not None:
+    if (library := kernels(logits)) is not None:
         return library.select(logits, width, index)
     if index is not None:
         logits = logits[index]
@@ -188,11 +210,6 @@ def best(logits: Tensor, width: int, index: Tensor | None = None) -> tuple[Tenso
         whole, whole_ids = logits[tied].sort(dim=-1, descending=True, stable=True)
         values[tied], ids[tied] = whole[:, :width], whole_ids[:, :width]
     return values, ids
-
-
-def _kernels(logits: Tensor) -> native.Library | None:
-    fits = logits.is_cpu and logits.dtype == torch.float32 and logits.stride(1) == 1
-    return native.LIBRARY if fits else None
 
 
 def _first(mask: Tensor) -> Tensor:

@@ -24,7 +24,18 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
-from engine.numerics import BLOCK, NEG_INF, best, block_masses, log_sum_exp, row_sum, scan, scanned
+from engine.numerics import (
+    BLOCK,
+    NEG_INF,
+    best,
+    block_masses,
+    log_softmax,
+    log_sum_exp,
+    moments,
+    row_sum,
+    scan,
+    scanned,
+)
 from engine.rng import Domain, gumbel, uniform
 from engine.strategies.base import Wants
 from engine.trace import RowTrace
@@ -73,6 +84,7 @@ class Sampler:
         self.traced = np.zeros(lanes.num_lanes, dtype=np.int64)  # tokens listed; 0: none
         self.watched = lanes.flags()  # whose filters want signals
         self.unnormalised = lanes.flags()  # whose candidates' logits are scores already
+        self.reads_raw = lanes.flags()  # who is shown the model's logits as they were
 
     def admit(self, lane: int, request: Request, wants: Wants = _NOTHING) -> None:
         """Give the lane a request's parameters, and what its strategy wants to see of a row."""
@@ -87,6 +99,8 @@ class Sampler:
         self.traced[lane] = 0 if request.trace is None else request.trace.top
         self.watched[lane] = request.params.wants_signals
         self.unnormalised[lane] = request.params.scores_logprobs
+        reports = self.mode.raw and (self.logprobs[lane] >= 0 or wants.top > 0)
+        self.reads_raw[lane] = reports or request.trace is not None or wants.logits
 
     def fork(self, parents: list[int], children: list[int]) -> None:
         self.pipeline.fork(parents, children)
@@ -100,15 +114,16 @@ class Sampler:
         return any(kind.observe is not Filter.observe for kind in kinds)
 
     def __call__(self, raw: Tensor, rows: Rows, forced: int | None = None) -> Samples:
-        """Choose from the model's logits [R, V] float32.
+        """Choose from the model's logits [R, V] float32, which may be overwritten.
 
         A `forced` token takes the place of what would have been chosen.
         """
         raw, raw_top, chosen = scanned(raw)
         rows = self._with_signals(raw, rows)
-        logits = self.pipeline.transform(raw, rows)
+        shown = bool(self.reads_raw[rows.host_lanes].any())
+        logits = self.pipeline.transform(raw, rows, in_place=not shown)
         top = raw_top
-        if logits is not raw:
+        if self.pipeline.transformed(rows):
             top, chosen = scan(logits)
         chosen = torch.where(top == NEG_INF, NO_VALID_TOKEN, chosen)
         broken = raw_top.isnan()
@@ -245,18 +260,16 @@ class Sampler:
         watching: list[int] = np.flatnonzero(self.watched[rows.host_lanes]).tolist()
         if not watching:
             return rows
-        nothing = torch.zeros(len(rows), 1, device=raw.device)
-        entropy, varentropy, divergence = nothing, nothing.clone(), nothing.clone()
-        logprobs = raw[watching].double().log_softmax(1)
-        probs = logprobs.exp()
-        bits = torch.where(probs > 0.0, -logprobs / math.log(2.0), 0.0)
-        mean = row_sum(probs * bits)
-        entropy[watching] = mean.float()
-        varentropy[watching] = row_sum(probs * (bits - mean) ** 2).float()
+        entropy, varentropy, divergence = torch.zeros(3, len(rows), 1, device=raw.device)
+        own, bit = raw[watching], math.log(2.0)
+        _, nats, square_nats = moments(own)
+        entropy[watching] = (nats / bit).float()
+        varentropy[watching] = (square_nats / bit**2).float()
         beside = rows.beside or Beside()
         if beside.companions is not None and beside.companion_of is not None:
             other = beside.companions[beside.companion_of[watching].clamp(min=0)]
-            divergence[watching] = kl_divergence(probs, other.double().softmax(1)).float()
+            probs, others = log_softmax(own).exp_(), log_softmax(other).exp_()
+            divergence[watching] = kl_divergence(probs, others).float()
         attention = beside.attention
         if attention is None:
             attention = torch.zeros(len(rows), 4, device=raw.device)

@@ -16,7 +16,7 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline, run_transforms, widening
 from engine.logits.stage import Filter, Stage
-from engine.numerics import NEG_INF, best, log_sum_exp, scan
+from engine.numerics import NEG_INF, best, count_finite, moments, scan, summarise
 from engine.rng import Domain, gumbel, uniform
 from engine.types import LayerTrace, Probability, Rows, StageTrace, TokenTrace
 
@@ -39,18 +39,15 @@ class RowTrace:
             if not torch.equal(after, logits):
                 stages.append(_step(transforms[count - 1], logits, after))
             logits = after
-        self._candidates = _filtered(filters, logits, rows, stages)
-        self._final = self._candidates.dense()
-        values, ids = best(self._final, top)
-        entropy, varentropy = _moments(raw)
-        self._raw_total = log_sum_exp(raw)
+        self._candidates, self._final = _filtered(filters, logits, rows, stages)
+        self._raw_total, entropy, varentropy = moments(raw)
         self._shared = TokenTrace(
-            entropy=entropy,
-            varentropy=varentropy,
+            entropy=float(entropy),
+            varentropy=float(varentropy),
             temperature=0.0 if greedy else float(self._candidates.temperature[0]),
             stages=tuple(stages),
             before=_likeliest(raw, top, self._raw_total),
-            after=_top(ids[0], self._prob(values[0]), top),
+            after=_likeliest(self._final, top, self._candidates.total),
             rank=0,
             prob_before=0.0,
             prob_after=0.0,
@@ -62,22 +59,17 @@ class RowTrace:
 
         It is `certain` if none but the likeliest could come: this one, or one that was not chosen.
         """
-        own = self._raw[0, token_id]
-        top, shift = self._raw_total
-        drawn = float(self._prob(self._final[0, token_id]))
+        own = self._raw[:, token_id]
+        drawn = _prob(self._final[:, token_id], self._candidates.total)
         if certain:
             drawn = float(token_id == int(scan(self._final)[1]))
         return replace(
             self._shared,
-            rank=int((self._raw[0] > own).sum()) + 1,
-            prob_before=float((own - top[0, 0] - shift[0, 0]).exp()),
+            rank=int((self._raw > own).count_nonzero()) + 1,
+            prob_before=_prob(own, self._raw_total),
             prob_after=drawn,
             uniform=None if self._greedy else self._uniform(token_id),
         )
-
-    def _prob(self, logits: Tensor) -> Tensor:
-        """Probabilities at the end, of such logits."""
-        return (logits.double() - self._candidates.total[0]).exp()
 
     def _uniform(self, token_id: int) -> float:
         """The number in (0, 1) that the chosen token's Gumbel noise was made of."""
@@ -104,44 +96,64 @@ class RowTrace:
 def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace, ...]:
     """The likeliest next tokens of chosen layers, from their logits [n, V]: the logit lens."""
     return tuple(
-        LayerTrace(layer, _likeliest(one, top, log_sum_exp(one)))
-        for layer, one in zip(layers, logits.split(1), strict=True)
+        LayerTrace(layer, _likeliest(one, top, total))
+        for layer, one, total in zip(layers, logits.split(1), _total(logits), strict=True)
     )
 
 
 def _filtered(
     filters: Seq[Stage], logits: Tensor, rows: Rows, stages: list[StageTrace]
-) -> Candidates:
-    """Run the filters, noting what each of them does, and again if they need more tokens."""
+) -> tuple[Candidates, Tensor]:
+    """Run the filters, noting what each of them does, and again if they need more tokens.
+
+    Returns what is left in the end, also as logits of the whole vocabulary.
+    """
     candidates = Candidates(logits)
     while True:
         noted: list[StageTrace] = []
+        count = int(candidates.count)
+        whole: Tensor | None = None  # the vocabulary's logits as they are now, if known
         for stage in filters:
             assert isinstance(stage, Filter)
-            before, count = copy(candidates), int(candidates.count)
+            before = copy(candidates)
             stage.apply(candidates, rows)
             left = int(candidates.count)
             if left != count:
-                gone = candidates.dense() == NEG_INF
-                noted.append(StageTrace(_name(stage), left, _mass(before.dense(), gone)))
-            elif float(candidates.temperature[0]) != float(before.temperature[0]):
+                was, whole = before.dense() if whole is None else whole, candidates.dense()
+                removed = _mass(was, before.total, where=whole == NEG_INF)
+                noted.append(StageTrace(_name(stage), left, removed))
+            elif float(candidates.temperature) != float(before.temperature):
+                whole = None
                 noted.append(StageTrace(_name(stage), left, 0.0))
+            count = left
         candidates.settle()
         if not bool(candidates.unsure.any()):
             stages += noted
-            return candidates
+            if whole is None or int(candidates.count) != count:
+                whole = candidates.dense()
+            return candidates, whole
         candidates = candidates.wider(torch.zeros_like(rows.lanes), widening(filters))
 
 
 def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:
     """What a transform did: tokens left, and the mass of those it banned."""
-    gone = after == NEG_INF
-    return StageTrace(_name(stage), int((~gone).sum()), _mass(before, gone))
+    removed = _mass(before, _total(before), where=after == NEG_INF)
+    return StageTrace(_name(stage), int(count_finite(after)), removed)
 
 
-def _mass(logits: Tensor, where: Tensor) -> float:
-    """The probability of some tokens [1, V] bool together."""
-    return float(logits[0].double().softmax(0).dot(where[0].double()))
+def _mass(logits: Tensor, total: Tensor, where: Tensor) -> float:
+    """The probability of some tokens [1, V] bool together; `total` is ln Σ exp of all."""
+    those = torch.where(where, logits, NEG_INF)
+    return _prob(_total(those), total) if int(count_finite(those)) else 0.0
+
+
+def _total(logits: Tensor) -> Tensor:
+    """ln Σ exp of each row, [n, 1] float64."""
+    return summarise(logits, torch.ones_like(logits[:, 0]))[0]
+
+
+def _prob(logit: Tensor, total: Tensor) -> float:
+    return float((logit.double() - total).exp())
 
 
 def _name(stage: Stage) -> str:
@@ -149,25 +161,9 @@ def _name(stage: Stage) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(stage).__name__).lower()
 
 
-def _moments(raw: Tensor) -> tuple[float, float]:
-    """Entropy in nats and varentropy in nats² of a row's softmax."""
-    below = raw[0].double()
-    below = below - below.max()
-    mass = below.exp()
-    total = mass.sum()
-    below.clamp_(min=-1e30)  # 0 times infinity is no number
-    mean = mass.dot(below) / total
-    varentropy = mass.dot((below - mean).square_()) / total
-    return float(total.log() - mean), float(varentropy)
-
-
-def _likeliest(logits: Tensor, top: int, total: tuple[Tensor, Tensor]) -> tuple[Probability, ...]:
+def _likeliest(logits: Tensor, top: int, total: Tensor) -> tuple[Probability, ...]:
+    """The `top` likeliest tokens of a row [1, V] that are left; `total` is ln Σ exp of all."""
     values, ids = best(logits, top)
-    largest, shift = total
-    return _top(ids[0], (values - largest - shift)[0].exp(), top)
-
-
-def _top(ids: Tensor, probs: Tensor, top: int) -> tuple[Probability, ...]:
-    alive = (probs > 0.0).nonzero().flatten()[:top]
-    pairs = zip(ids[alive].tolist(), probs[alive].tolist(), strict=True)
-    return tuple(Probability(token_id, prob) for token_id, prob in pairs)
+    probs = (values.double() - total).exp()
+    pairs = zip(ids[0].tolist(), probs[0].tolist(), strict=True)
+    return tuple(Probability(token_id, prob) for token_id, prob in pairs if prob > 0.0)

@@ -176,6 +176,11 @@ extern "C" void logitmill_summarise(int64_t isa, const Rows* rows, const float* 
     WIDE(summarise_rows, *rows, temperature, summary);
 }
 
+// ln Σ exp z of each row, the entropy in nats and the varentropy in nats², [3, R].
+extern "C" void logitmill_moments(int64_t isa, const Rows* rows, double* out) {
+    WIDE(moments_rows, *rows, out);
+}
+
 // The logprobs of each row, [R, V].
 extern "C" void logitmill_log_softmax(int64_t isa, const Rows* rows, float* out) {
     WIDE(log_softmax_rows, *rows, out);
@@ -200,6 +205,29 @@ extern "C" void logitmill_cut(int64_t isa, const Rows* rows, const float* temper
 // How many entries of each row are not -inf.
 extern "C" void logitmill_count(int64_t isa, const Rows* rows, int64_t* out) {
     WIDE(count_rows, *rows, out);
+}
+
+// exp(z - total) of candidates [R, K].
+extern "C" void logitmill_probs(int64_t isa, const float* logits, const double* total, int64_t rows,
+                                int64_t k, float* out) {
+    WIDE(probs_rows, logits, total, rows, k, out);
+}
+
+// Which candidates [R, K] are nearest to `entropy` in surprise and together have mass `limit`, of
+// equally near ones the lowest ids; for each row the mass of all, and how far the farthest kept is.
+extern "C" void logitmill_typical(int64_t isa, const float* logits, const float* probs,
+                                  const int64_t* ids, int64_t rows, int64_t k, const float* total,
+                                  const float* entropy, const float* limit, bool* keep, float* mass,
+                                  float* farthest) {
+    WIDE(typical_rows, logits, probs, ids, rows, k, total, entropy, limit, keep, mass, farthest);
+}
+
+// Which candidates [R, K] stand before the curve of their probabilities has done the part `limit` of
+// its bending; for each row whether that is certain if it has a `tail`, and whether the curve bends.
+extern "C" void logitmill_bent(int64_t isa, const float* logits, const float* probs, int64_t rows,
+                               int64_t k, const double* limit, const bool* tail, bool* keep,
+                               bool* inside, bool* curve) {
+    WIDE(bent_rows, logits, probs, rows, k, limit, tail, keep, inside, curve);
 }
 
 // MurmurHash3 x86_32 of n keys of a seed, a position and an id; see engine/rng.py.

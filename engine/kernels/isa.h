@@ -5,3 +5,4 @@
 #include "attention.h"
 #include "decoder.h"
 #include "rows.h"
+#include "filters.h"

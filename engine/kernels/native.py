@@ -154,12 +154,16 @@ class Library:
             ("scan", None),
             ("measure", None),
             ("summarise", None),
+            ("moments", None),
             ("log_softmax", None),
             ("divergence", None),
             ("deviation", None),
             ("select", None),
             ("cut", None),
             ("count", None),
+            ("probs", None),
+            ("typical", None),
+            ("bent", None),
             ("hash", None),
             ("pack", None),
         ):
@@ -243,6 +247,12 @@ class Library:
         )
         return summary
 
+    def moments(self, logits: Tensor) -> Tensor:
+        """ln Σ exp z of each row, its entropy and its varentropy in nats, [3, R, 1] float64."""
+        out = torch.empty(3, len(logits), 1, dtype=torch.float64)
+        self._dll.logitmill_moments(self._isa, _rows(logits), _address(out))
+        return out
+
     def log_softmax(self, logits: Tensor) -> Tensor:
         """The logprobs of each row, [R, V]."""
         out = torch.empty(logits.shape)
@@ -278,6 +288,69 @@ class Library:
         out = torch.empty(len(logits), dtype=torch.int64)
         self._dll.logitmill_count(self._isa, _rows(logits), _address(out))
         return out
+
+    def probs(self, logits: Tensor, total: Tensor) -> Tensor:
+        """exp(logits - total) of candidates [R, K] float32; total [R, 1] float64."""
+        out = torch.empty(logits.shape)
+        self._dll.logitmill_probs(
+            self._isa, _address(logits), _address(total), *_sizes(logits), _address(out)
+        )
+        return out
+
+    def typical(
+        self,
+        logits: Tensor,
+        probs: Tensor,
+        ids: Tensor,
+        total: Tensor,
+        entropy: Tensor,
+        limit: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates [R, K] nearest to `entropy` in surprise that have mass `limit`.
+
+        Of equally near ones the lowest ids. Returns a mask, the mass of all candidates [R, 1], and
+        how far from the entropy the farthest one is that is kept [R, 1]. total, entropy and limit
+        are [R, 1] float32.
+        """
+        keep = torch.empty(logits.shape, dtype=torch.bool)
+        mass, farthest = torch.empty_like(total), torch.empty_like(total)
+        self._dll.logitmill_typical(
+            self._isa,
+            _address(logits),
+            _address(probs),
+            _address(ids),
+            *_sizes(logits),
+            _address(total),
+            _address(entropy),
+            _address(limit),
+            _address(keep),
+            _address(mass),
+            _address(farthest),
+        )
+        return keep, mass, farthest
+
+    def bent(
+        self, logits: Tensor, probs: Tensor, limit: Tensor, tail: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates [R, K] before their curve has done the part `limit` of its bending.
+
+        Returns a mask, whether it is certain where there is a `tail` [R] bool, [R, 1], and whether
+        the curve bends at all, [R, 1]. limit is [R, 1] float64.
+        """
+        keep = torch.empty(logits.shape, dtype=torch.bool)
+        inside, curve = torch.empty(2, len(logits), 1, dtype=torch.bool)
+        self._dll.logitmill_bent(
+            self._isa,
+            _address(logits),
+            _address(probs),
+            *_sizes(logits),
+            _address(limit),
+            _address(tail),
+            _address(keep),
+            _address(inside),
+            _address(curve),
+        )
+        return keep, inside, curve
 
     def hash(self, seeds: Tensor, positions: Tensor, ids: Tensor, domain: int) -> Tensor:
         """`engine.rng.hash32` of int64 tensors of one shape, all contiguous."""
@@ -343,6 +416,10 @@ class Library:
 def _address(tensor: Tensor) -> c_void_p:
     assert tensor.is_contiguous()
     return c_void_p(tensor.data_ptr())
+
+
+def _sizes(tensor: Tensor) -> tuple[c_int64, c_int64]:
+    return c_int64(tensor.shape[0]), c_int64(tensor.shape[1])
 
 
 def _rows(logits: Tensor, index: Tensor | None = None) -> Any:

@@ -223,13 +223,13 @@ INLINE int64_t collect(const float* row, int64_t vocab, int64_t k, uint64_t* key
 }
 
 void scan_rows(const Rows& rows, float* top, int64_t* id) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r) scan(rows.at(r), rows.vocab, top + r, id + r);
 }
 
 void measure_rows(const Rows& rows, const float* factor, float* top, float* mass, float* moment) {
     const int64_t blocks = count_blocks(rows.vocab);
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r) {
         top[r] = maximum(rows.at(r), rows.vocab);
         for (int64_t b = 0; b < blocks; ++b) {
@@ -248,14 +248,37 @@ INLINE void summarise(const Rows& rows, int64_t r, float top, float temperature,
 }
 
 void summarise_rows(const Rows& rows, const float* temperature, double* summary) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r)
         summarise(rows, r, maximum(rows.at(r), rows.vocab), temperature[r], summary);
 }
 
+// ln Σ exp(z) of each row, and of its distribution the entropy in nats and the varentropy: [3, R].
+void moments_rows(const Rows& rows, double* out) {
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const float* row = rows.at(r);
+        const Distribution its = distribution(row, rows.vocab);
+        const float mean = (float)(std::log(its.mass) - its.entropy);  // of z - top
+        double squares = 0;
+        for (int64_t first = 0; first < rows.vocab; first += kBlock) {
+            Vec total[4] = {};
+            const int64_t size = smaller(kBlock, rows.vocab - first);
+            over(row + first, size, [&](int chain, Vec v) INLINE_LAMBDA {
+                const Vec z = v - its.top, x = max(z, splat(-1e15f)) - mean;  // its square is finite
+                total[chain] += exp_negative(z) * x * x;
+            });
+            squares += sum((total[0] + total[1]) + (total[2] + total[3]));
+        }
+        out[r] = std::log(its.mass) + its.top;
+        out[rows.count + r] = its.entropy;
+        out[2 * rows.count + r] = squares / its.mass;
+    }
+}
+
 // [R, V]; -inf entries stay.
 void log_softmax_rows(const Rows& rows, float* out) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r) {
         const float* row = rows.at(r);
         const Distribution its = distribution(row, rows.vocab);
@@ -291,18 +314,18 @@ void divergence_rows(const Rows& rows, const Rows& others, double* out) {
 }
 
 void deviation_rows(const Rows& rows, float* out) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r) out[r] = deviation(rows.at(r), rows.vocab);
 }
 
 void count_rows(const Rows& rows, int64_t* out) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r) out[r] = count_finite(rows.at(r), rows.vocab);
 }
 
 // In place: entries for which z / temperature is below the row's floor become -inf.
 void cut_rows(const Rows& rows, const float* temperature, const float* floor) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
     for (int64_t r = 0; r < rows.count; ++r) {
         if (floor[r] == kNegInf) continue;
         float* row = const_cast<float*>(rows.at(r));
@@ -340,7 +363,7 @@ void hash_keys(const int64_t* seeds, const int64_t* positions, const int64_t* id
 // With a temperature also `summarise`, while the row is at hand.
 void select_rows(const Rows& rows, int64_t k, const float* temperature, float* values, int64_t* ids,
                  double* summary) {
-#pragma omp parallel
+#pragma omp parallel if (rows.count > 1)
     {
         const int64_t room = rows.vocab + kBlock;
         uint64_t* keys = (uint64_t*)std::malloc(2 * room * sizeof(uint64_t) + room * sizeof(float));

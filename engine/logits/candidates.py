@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, rank, summarise
+from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, kernels, rank, summarise
 
 WIDTH = 256
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
@@ -126,6 +126,8 @@ class Candidates:
             self._best, self._everything = rank(self._source, self.width, self.temperature)
             self._known_at = self.temperature
         total = self.total  # of all rows as they are, if asked before anything is ranked
+        if (library := kernels(self.logits)) is not None:
+            return library.probs(self.logits, total)
         return (self.logits.double() - total).exp_().float()
 
     def probs_of(self, tokens: Tensor) -> Tensor:

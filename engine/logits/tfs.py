@@ -7,7 +7,7 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
-from engine.numerics import NEG_INF
+from engine.numerics import kernels
 from engine.types import Request, Rows
 
 
@@ -34,41 +34,44 @@ class TailFree(Filter):
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         if candidates.vocab_size < 3:
             return
-        limit, width = self.limit.at(rows), candidates.width
+        limit = self.limit.at(rows)
         active = limit < 1.0
-        if width < 3:  # too few to see anything bend
+        if candidates.width < 3:  # too few to see anything bend
             candidates.keep(candidates.alive, active, inside=torch.zeros_like(active))
             return
-        probs = candidates.probs
-        rank = torch.arange(width, device=probs.device)
-        # Of a row that is whole only the last candidates can be banned ones. Asking a GPU would
-        # mean waiting for it.
-        all_there = candidates.whole & (candidates.logits[:, -1] > NEG_INF)
-        some_dropped = not probs.is_cpu or not bool(all_there.all())
-        count: Tensor | int = width
-        if some_dropped:  # they go to the end
-            alive = candidates.alive
-            count = alive.sum(1, keepdim=True)
-            place = torch.where(alive, alive.cumsum(1), count + (~alive).cumsum(1)) - 1
-            probs = torch.zeros_like(probs).scatter_(1, place, probs)
-        bends = probs.diff(dim=1).diff(dim=1).abs()
-        if some_dropped:
-            bends = torch.where(rank[2:] < count, bends, 0.0)
-        passed = bends.cumsum(1, dtype=torch.float64)
-        total = passed[:, -1:]
-        # The first differences fall to nothing from the last two candidates on; the second ones,
-        # their changes, add no more than twice their sum.
+        keep, inside, curved = _bent(candidates, limit)
         has_tail = candidates.tail.unsqueeze(1)
-        most = total + torch.where(
-            has_tail, probs[:, -2:].sum(1, keepdim=True, dtype=torch.float64), 0.0
-        )
-        # Rank r + 1 stays if no more than `tfs` of the bending is done at r.
-        last = torch.searchsorted(passed, limit * total, right=True)
-        beyond = passed.gather(1, last.clamp(max=width - 3))
-        inside = (beyond > limit * most) & (last < width - 2)
-        last = torch.where(has_tail, last, last.clamp(max=count - 2))
-        keep = rank <= last
-        if some_dropped:
-            keep = keep.gather(1, place)
-        curved = (total > 0.0) & (count >= 3)
         candidates.keep(keep, active & (curved | has_tail), inside & curved)
+
+
+def _bent(candidates: Candidates, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which candidates stay where a part `limit` [R, 1] of the bending counts.
+
+    Besides a mask [R, K]: whether it holds also with the tail, and whether the curve bends, [R, 1].
+    """
+    probs, width = candidates.probs, candidates.width
+    if (library := kernels(probs)) is not None:
+        return library.bent(candidates.logits, probs, limit, candidates.tail)
+    rank = torch.arange(width, device=probs.device)
+    # Those that were dropped go to the end.
+    alive = candidates.alive
+    count = alive.sum(1, keepdim=True)
+    place = torch.where(alive, alive.cumsum(1), count + (~alive).cumsum(1)) - 1
+    probs = torch.zeros_like(probs).scatter_(1, place, probs)
+    bends = probs.diff(dim=1).diff(dim=1).abs()
+    bends = torch.where(rank[2:] < count, bends, 0.0)
+    passed = bends.cumsum(1, dtype=torch.float64)
+    total = passed[:, -1:]
+    # The first differences fall to nothing from the last two candidates on; the second ones,
+    # their changes, add no more than twice their sum.
+    has_tail = candidates.tail.unsqueeze(1)
+    most = total + torch.where(
+        has_tail, probs[:, -2:].sum(1, keepdim=True, dtype=torch.float64), 0.0
+    )
+    # Rank r + 1 stays if no more than `tfs` of the bending is done at r.
+    last = torch.searchsorted(passed, limit * total, right=True)
+    beyond = passed.gather(1, last.clamp(max=width - 3))
+    inside = (beyond > limit * most) & (last < width - 2)
+    last = torch.where(has_tail, last, last.clamp(max=count - 2))
+    keep = (rank <= last).gather(1, place)
+    return keep, inside, (total > 0.0) & (count >= 3)

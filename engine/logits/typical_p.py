@@ -6,7 +6,7 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
-from engine.numerics import best
+from engine.numerics import best, kernels
 from engine.types import Request, Rows
 
 
@@ -27,30 +27,38 @@ class TypicalP(Filter):
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         typical_p = self.typical_p.at(rows)
-        probs, total, entropy = (
-            candidates.probs,
-            candidates.total.float(),
-            candidates.entropy.float(),
-        )
-        distance = (candidates.logits - total + entropy).abs()
-        _, kept, nearness, mass = _nearest(distance, probs, typical_p)
-        farthest = -nearness.gather(1, kept - 1)
-        keep = distance <= farthest
-        tied = keep.sum(1, keepdim=True) != kept
-        # Asking a GPU would mean waiting for it.
-        if not tied.is_cpu or bool(tied.any()):
-            by_id = candidates.ids.argsort(1)
-            order, kept, _, _ = _nearest(
-                distance.gather(1, by_id), probs.gather(1, by_id), typical_p
-            )
-            first = torch.arange(candidates.width, device=kept.device) < kept
-            its = torch.zeros_like(keep).scatter_(1, by_id.gather(1, order), first)
-            keep = torch.where(tied, its, keep)
+        total, entropy = candidates.total.float(), candidates.entropy.float()
+        keep, mass, farthest = _typical(candidates, total, entropy, typical_p)
         # The tail is at least as surprising as its bound. It is farther off than all that is kept
         # if that bound is, on the far side of the entropy.
         bound = total - candidates.least - entropy
         inside = (mass >= typical_p) & (bound > farthest)
         candidates.keep(keep, active=typical_p < 1.0, inside=inside)
+
+
+def _typical(
+    candidates: Candidates, total: Tensor, entropy: Tensor, typical_p: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which candidates stay, [R, K].
+
+    Besides, the mass of all of them and the largest distance that is kept, [R, 1] both.
+    """
+    logits, probs, ids = candidates.logits, candidates.probs, candidates.ids
+    if (library := kernels(probs)) is not None:
+        return library.typical(logits, probs, ids, total, entropy, typical_p)
+    distance = (logits - total + entropy).abs()
+    _, kept, nearness, mass = _nearest(distance, probs, typical_p)
+    farthest = -nearness.gather(1, kept - 1)
+    keep = distance <= farthest
+    tied = keep.sum(1, keepdim=True) != kept
+    # Asking a GPU would mean waiting for it.
+    if not tied.is_cpu or bool(tied.any()):
+        by_id = ids.argsort(1)
+        order, kept, _, _ = _nearest(distance.gather(1, by_id), probs.gather(1, by_id), typical_p)
+        first = torch.arange(candidates.width, device=kept.device) < kept
+        its = torch.zeros_like(keep).scatter_(1, by_id.gather(1, order), first)
+        keep = torch.where(tied, its, keep)
+    return keep, mass, farthest
 
 
 def _nearest(

@@ -20,6 +20,7 @@ from engine.numerics import (
     divergence,
     log_softmax,
     log_sum_exp,
+    moments,
     rank,
     row_sum,
     scan,
@@ -69,6 +70,13 @@ def test_reductions_match_float64(vocab_size: int) -> None:
     assert torch.equal(top, logits.amax(1, keepdim=True))
     close((top + rest).double(), logits.double().logsumexp(1, keepdim=True), rtol=1e-6, atol=2e-6)
     close(log_softmax(logits).double(), logits.double().log_softmax(1), rtol=1e-6, atol=2e-6)
+    below = (logits.double() - logits.amax(1, keepdim=True)).clamp(min=-1e30)
+    p = below.softmax(1)
+    mean = (p * below).sum(1, keepdim=True)
+    total, entropy, varentropy = moments(logits)
+    close(total, logits.double().logsumexp(1, keepdim=True), rtol=1e-6, atol=2e-6)
+    close(entropy, torch.special.entr(p).sum(1, keepdim=True), rtol=2e-6, atol=2e-5)
+    close(varentropy, (p * (below - mean) ** 2).sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
     others = random_rows(2, vocab_size, seed=1)
     p, q = logits.double().softmax(1).unsqueeze(1), others.double().softmax(1).flip(0)
     entropies = [torch.special.entr(x).sum(-1) for x in ((p + q) / 2, p, q)]
@@ -278,9 +286,9 @@ def test_rows_may_lie_apart() -> None:
 
 def test_the_kernels_are_used_only_for_what_they_can_read() -> None:
     rows = random_rows(2, 300)
-    assert numerics._kernels(rows.double()) is None
-    assert numerics._kernels(rows.t()) is None
-    assert numerics._kernels(rows) is native.LIBRARY
+    assert numerics.kernels(rows.double()) is None
+    assert numerics.kernels(rows.t()) is None
+    assert numerics.kernels(rows) is native.LIBRARY
 
 
 @SIZES

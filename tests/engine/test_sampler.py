@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -233,17 +234,38 @@ def test_an_infinite_entry_is_drawn_before_all_others() -> None:
 # -- the sampler
 
 
-def sample(specs: Sequence[Spec], raw: Tensor, mode: str = "raw_logprobs") -> Samples:
-    """What the sampler makes of these sequences' rows."""
+def sample_of(specs: Sequence[Spec], raw: Tensor, mode: str = "raw_logprobs") -> Samples:
+    """What the sampler makes of these sequences' rows, which it may write to."""
     lanes, lane_ids = lanes_for(specs, raw.shape[1])
     sampler = Sampler(lanes, Pipeline(STAGES, lanes), LogprobsMode(mode))
     for lane, spec in zip(lane_ids, specs, strict=True):
         place(lanes, lane, spec, sampler)
+    return sampler(raw, rows_of(specs, lane_ids))
+
+
+def sample(specs: Sequence[Spec], raw: Tensor, mode: str = "raw_logprobs") -> Samples:
+    """What the sampler makes of these sequences' rows, without changing them."""
     before = raw.clone()
-    samples = sampler(raw, rows_of(specs, lane_ids))
+    samples = sample_of(specs, raw, mode)
     assert torch.equal(raw.isnan(), before.isnan())
     assert torch.equal(raw.nan_to_num(), before.nan_to_num())
     return samples
+
+
+@pytest.mark.parametrize("params", [{}, {"bad_words": ["6 7"]}, {"no_repeat_ngram_size": 1}])
+def test_the_models_logits_are_kept_where_they_are_reported(params: dict[str, Any]) -> None:
+    raw = random_rows(3, 300)
+    ids = list(range(1, 300))
+    options: dict[str, Any] = {"frequency_penalty": 1.0, "allowed_token_ids": ids} | params
+    hidden = [Spec(options | {"temperature": t}, output=[3, 4, 3]) for t in (0.0, 1.0, 0.5)]
+    shown = [replace(spec, logprobs=2) for spec in hidden[:1]] + hidden[1:]
+    before = raw.clone()
+    reported = sample(shown, raw)  # which asserts that `raw` is as it was
+    assert sample_of(hidden, raw).token_ids == reported.token_ids
+    assert not torch.equal(raw, before) or params  # soft bans may need it again
+    own, _ = reported.logprobs[0]
+    want = before[0].log_softmax(0)[reported.token_ids[0]]
+    assert own == pytest.approx(float(want), abs=1e-5)
 
 
 def test_greedy_and_sampled_rows_share_a_batch() -> None:

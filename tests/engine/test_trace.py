@@ -244,7 +244,7 @@ def sampled(
     rows = rows_of(specs, lane_ids)
     if attention is not None:
         rows = replace(rows, beside=Beside(attention=attention))
-    return sampler(logits, rows, forced)
+    return sampler(logits.clone(), rows, forced)  # which it may overwrite
 
 
 def assert_traced(

@@ -2,4 +2,5 @@
 
 from engine.kernels import native
 
-collect_ignore = [] if native.LIBRARY is not None else ["test_quantized.py", "test_rows.py"]
+IN_NEED = ["test_filters.py", "test_quantized.py", "test_rows.py"]
+collect_ignore = [] if native.LIBRARY is not None else IN_NEED

@@ -1,0 +1,172 @@
+// Passes over the candidates [R, K] of rows: best first, logits -inf where dropped. They are small,
+// so that most of what they take in torch is its cost per operation. `Candidates.probs` and the
+// files of the filters are the reference.
+
+typedef double DoubleVec __attribute__((vector_size(64)));
+typedef int64_t LongVec __attribute__((vector_size(64)));
+typedef float FewVec __attribute__((vector_size(32)));
+constexpr int64_t kFew = 8;  // doubles in a vector
+
+// exp for x <= 0 in double precision; 0 below -700.
+INLINE DoubleVec exp_negative(DoubleVec x) {
+    constexpr double rounder = 0x1.8p52;  // like kRounder; the integer is in the lowest bits, too
+    const DoubleVec bounded = x > -700.0 ? x : DoubleVec{} - 700.0;
+    const DoubleVec shifted = bounded * 1.44269504088896338700 + rounder, n = shifted - rounder;
+    const DoubleVec r = (bounded - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+    DoubleVec p = DoubleVec{} + 1.0 / 6227020800.0;  // Taylor's series: |r| <= ln 2 / 2
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r * r * r + r * r * 0.5 + r + 1.0;
+    return x > -700.0 ? (DoubleVec)((LongVec)p + ((LongVec)shifted << 52)) : DoubleVec{};
+}
+
+// exp(z - total), rounded only at the end.
+INLINE FewVec probs_of(FewVec z, double total) {
+    const DoubleVec p = exp_negative(__builtin_convertvector(z, DoubleVec) - total);
+    return __builtin_convertvector(p, FewVec);
+}
+
+void probs_rows(const float* logits, const double* total, int64_t rows, int64_t k, float* out) {
+#pragma omp parallel for if (rows * k > 1 << 15)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* row = logits + r * k;
+        float* to = out + r * k;
+        FewVec z;
+        int64_t i = 0;
+        for (; i + kFew <= k; i += kFew) {
+            std::memcpy(&z, row + i, sizeof z);
+            z = probs_of(z, total[r]);
+            std::memcpy(to + i, &z, sizeof z);
+        }
+        for (; i < k; ++i) to[i] = probs_of(FewVec{} + row[i], total[r])[0];
+    }
+}
+
+// What a thread works with: as many numbers and places as there are candidates, twice.
+struct Desk {
+    explicit Desk(int64_t k)
+        : numbers((double*)std::malloc(k * (sizeof(double) + 2 * sizeof(int64_t)))),
+          places((int64_t*)(numbers + k)),
+          order(places + k) {}
+    ~Desk() { std::free(numbers); }
+
+    double* numbers;
+    int64_t* places;
+    int64_t* order;
+};
+
+// Where the candidates that are left stand; returns how many.
+INLINE int64_t find_alive(const float* logits, int64_t k, int64_t* places) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < k; ++i) {
+        places[count] = i;
+        count += logits[i] > kNegInf;
+    }
+    return count;
+}
+
+// Keeps the candidates whose surprise is nearest to `entropy`, until they have mass `limit`; of
+// equally near ones the lowest ids. Tells the mass of all, and how far off the farthest kept is.
+INLINE void keep_typical(const float* logits, const float* probs, const int64_t* ids, int64_t k,
+                         float total, float entropy, float limit, const Desk& desk, bool* keep,
+                         float* mass, float* farthest) {
+    const int64_t count = find_alive(logits, k, desk.places);
+    double* distance = desk.numbers;
+    int64_t right = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float excess = (logits[desk.places[i]] - total) + entropy;
+        right += excess >= 0;
+        distance[i] = std::fabs(excess);
+    }
+    // Distances fall up to there and grow from there on: merging both sides sorts them.
+    int64_t left = right, sorted = 0;
+    while (left > 0 || right < count) {
+        if (right == count || (left > 0 && distance[left - 1] <= distance[right])) {
+            int64_t begin = left - 1;
+            while (begin > 0 && distance[begin - 1] == distance[begin]) --begin;
+            for (int64_t i = begin; i < left; ++i) desk.order[sorted++] = i;
+            left = begin;
+        } else {
+            desk.order[sorted++] = right++;
+        }
+    }
+    double sum = 0, nearer = 0;  // the mass so far, and of those nearer than the last one kept
+    int64_t kept = 0, first = 0;
+    for (; kept < count && (kept == 0 || (float)sum < limit); ++kept) {
+        if (distance[desk.order[kept]] > distance[desk.order[first]]) {
+            first = kept;
+            nearer = sum;
+        }
+        sum += probs[desk.places[desk.order[kept]]];
+    }
+    int64_t last = kept;
+    while (last < count && distance[desk.order[last]] == distance[desk.order[first]]) ++last;
+    if (last > kept) {
+        auto id = [&](int64_t i) { return ids[desk.places[i]]; };
+        std::sort(desk.order + first, desk.order + last,
+                  [&](int64_t a, int64_t b) { return id(a) < id(b); });
+        sum = nearer;
+        for (kept = first; kept < last && (kept == 0 || (float)sum < limit); ++kept)
+            sum += probs[desk.places[desk.order[kept]]];
+    }
+    std::fill(keep, keep + k, false);
+    for (int64_t i = 0; i < kept; ++i) keep[desk.places[desk.order[i]]] = true;
+    for (int64_t i = kept; i < count; ++i) sum += probs[desk.places[desk.order[i]]];
+    *mass = (float)sum;
+    *farthest = count ? (float)distance[desk.order[first]] : 0;
+}
+
+void typical_rows(const float* logits, const float* probs, const int64_t* ids, int64_t rows, int64_t k,
+                  const float* total, const float* entropy, const float* limit, bool* keep,
+                  float* mass, float* farthest) {
+#pragma omp parallel if (rows * k > 1 << 12)
+    {
+        const Desk desk(k);
+#pragma omp for schedule(dynamic)
+        for (int64_t r = 0; r < rows; ++r)
+            keep_typical(logits + r * k, probs + r * k, ids + r * k, k, total[r], entropy[r], limit[r],
+                         desk, keep + r * k, mass + r, farthest + r);
+    }
+}
+
+// Keeps candidates up to where the curve of their probabilities has done the part `limit` of its
+// bending, and tells whether they are these also with a tail. A curve that does not bend is no `curve`.
+INLINE void keep_bent(const float* logits, const float* probs, int64_t k, double limit, bool tail,
+                      const Desk& desk, bool* keep, bool* inside, bool* curve) {
+    const int64_t count = find_alive(logits, k, desk.places), bends = k - 2;
+    double* passed = desk.numbers;
+    double sum = 0;
+    auto p = [&](int64_t i) { return probs[desk.places[i]]; };
+    for (int64_t i = 0; i < bends; ++i) {
+        if (i + 2 < count) sum += std::fabs((p(i + 2) - p(i + 1)) - (p(i + 1) - p(i)));
+        passed[i] = sum;
+    }
+    double rest = 0;  // no more than this do tokens that are no candidates bend
+    for (int64_t i = larger(k - 2, (int64_t)0); tail && i < count; ++i) rest += p(i);
+    const int64_t past = std::upper_bound(passed, passed + bends, limit * sum) - passed;
+    *inside = past < bends && passed[past] > limit * (sum + rest);
+    *curve = sum > 0 && count >= 3;
+    const int64_t last = tail ? past : smaller(past, count - 2);
+    std::fill(keep, keep + k, false);
+    for (int64_t i = 0; i < count && i <= last; ++i) keep[desk.places[i]] = true;
+}
+
+void bent_rows(const float* logits, const float* probs, int64_t rows, int64_t k, const double* limit,
+               const bool* tail, bool* keep, bool* inside, bool* curve) {
+#pragma omp parallel if (rows * k > 1 << 12)
+    {
+        const Desk desk(k);
+#pragma omp for schedule(dynamic)
+        for (int64_t r = 0; r < rows; ++r)
+            keep_bent(logits + r * k, probs + r * k, k, limit[r], tail[r], desk, keep + r * k,
+                      inside + r, curve + r);
+    }
+}

@@ -1,0 +1,120 @@
+"""Passes over candidates, for each instruction set alike, against the torch they stand for."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import native
+from engine.logits.candidates import Candidates
+from engine.logits.tfs import _bent
+from engine.logits.typical_p import _typical
+from engine.numerics import NEG_INF
+from tests.support.kernels import libraries
+from tests.support.logits import hard_rows, random_rows
+
+ROWS = 24
+LIBRARIES = pytest.mark.parametrize("library", libraries(), ids=lambda one: f"isa {one.isa}")
+
+
+def with_some_dropped(candidates: Candidates) -> None:
+    generator = torch.Generator().manual_seed(candidates.width)
+    dropped = torch.rand(ROWS, candidates.width, generator=generator) < 0.2
+    dropped[:, candidates.width // 2] = False
+    candidates.drop(dropped, sure=torch.ones(ROWS, 1, dtype=torch.bool))
+
+
+def with_nine(candidates: Candidates) -> None:
+    everywhere = torch.ones(ROWS, 1, dtype=torch.bool)
+    candidates.keep(candidates.alive.cumsum(1) <= 9, active=everywhere, inside=everywhere)
+
+
+def with_all(_: Candidates) -> None:
+    pass
+
+
+def cases() -> Iterator[Callable[[], Candidates]]:
+    """Rows with and without ties and bans, at several widths, after several other filters."""
+    for vocab_size in (7, 40, 300, 5003):
+        smooth = random_rows(ROWS, vocab_size)
+        banned = smooth.clone()
+        banned[torch.rand(banned.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = NEG_INF
+        banned[:, vocab_size // 2] = 1.0
+        hard = hard_rows(vocab_size).repeat(ROWS, 1)[:ROWS]
+        for logits in (smooth, smooth.round(), (smooth * 4).round() / 4, banned, hard):
+            for width in (3, 16, 256, 2048):
+                for change in (with_all, with_some_dropped, with_nine):
+
+                    def build() -> Candidates:
+                        candidates = Candidates(logits, width)  # noqa: B023
+                        _ = candidates.ids
+                        candidates.divide(torch.full((ROWS, 1), 0.7))
+                        change(candidates)  # noqa: B023
+                        return candidates
+
+                    yield build
+
+
+def limits() -> Tensor:
+    limit = torch.rand(ROWS, 1, generator=torch.Generator().manual_seed(3))
+    limit[0], limit[1] = 1e-4, 0.999999
+    return limit
+
+
+def both_ways(
+    library: native.Library,
+    monkeypatch: pytest.MonkeyPatch,
+    decide: Callable[[], tuple[Tensor, ...]],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    monkeypatch.setattr(native, "LIBRARY", None)
+    wanted = decide()
+    monkeypatch.setattr(native, "LIBRARY", library)
+    yield from zip(decide(), wanted, strict=True)
+
+
+@LIBRARIES
+def test_the_curve_is_cut_at_the_same_place(
+    library: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = limits().double()
+    for build in cases():
+        candidates = build()
+        _ = candidates.probs, candidates.alive
+        for got, want in both_ways(library, monkeypatch, lambda: _bent(candidates, limit)):  # noqa: B023
+            left = candidates.alive if got.shape[1] > 1 else torch.tensor(True)
+            assert torch.equal(got & left, want & left)
+
+
+@LIBRARIES
+def test_the_same_tokens_are_typical(
+    library: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = limits()
+    for build in cases():
+        candidates = build()
+        total, entropy = candidates.total.float(), candidates.entropy.float()
+        _ = candidates.probs
+
+        def decide() -> tuple[Tensor, ...]:
+            keep, mass, farthest = _typical(candidates, total, entropy, limit)  # noqa: B023
+            # Where the limit is not reached, the farthest does not matter.
+            return keep & candidates.alive, mass, farthest.masked_fill(mass < limit, 0.0)  # noqa: B023
+
+        for got, want in both_ways(library, monkeypatch, decide):
+            assert torch.equal(got, want)
+
+
+@LIBRARIES
+def test_probabilities_are_those_of_float64(library: native.Library) -> None:
+    logits = random_rows(50, 3001) * 20
+    logits[3, ::2] = NEG_INF
+    logits[4] = -1e30
+    logits[5] = 0.0
+    total = logits.double().logsumexp(1, keepdim=True)
+    want = (logits.double() - total).exp().float()
+    torch.testing.assert_close(library.probs(logits, total), want, rtol=1e-7, atol=0)
+    assert torch.equal(
+        library.probs(logits[5:6, :4], torch.full((1, 1), 4.0).double().log()),
+        torch.full((1, 4), 0.25),
+    )
