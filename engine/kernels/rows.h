@@ -2,6 +2,7 @@
 // Each row is done by one thread in one fixed order, so its result depends on that row alone.
 
 constexpr int64_t kBlock = 256;  // tokens per block of the vocabulary
+constexpr float kLog2E = 1.44269504f;  // 1 / ln 2
 
 INLINE int64_t count_blocks(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
 
@@ -77,7 +78,7 @@ INLINE Masses measure(const float* row, int64_t vocab, int64_t block, float fact
     Vec total[4] = {}, weighted[4] = {};
     const int64_t first = block * kBlock;
     over(row + first, smaller(kBlock, vocab - first), [&](int chain, Vec v) INLINE_LAMBDA {
-        const Vec z = v - top, e = exp_negative(z * factor);
+        const Vec z = v - top, e = exp2_negative(z * (factor * kLog2E));
         total[chain] += e;
         weighted[chain] += e * max(z, splat(-FLT_MAX));  // 0 · -inf is no number
     });
@@ -114,8 +115,9 @@ INLINE double entropy_of_average(const float* a, const Distribution& of_a, const
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         Vec total = {};
         for (int64_t i = begin; i < smaller(begin + kBlock, vocab); i += kLanes) {
-            const Vec p = exp_negative(load_tail(a, i, vocab, kNegInf) - of_a.top) * half_a;
-            const Vec q = exp_negative(load_tail(b, i, vocab, kNegInf) - of_b.top) * half_b;
+            const Vec x = load_tail(a, i, vocab, kNegInf) - of_a.top;
+            const Vec y = load_tail(b, i, vocab, kNegInf) - of_b.top;
+            const Vec p = exp2_negative(x * kLog2E) * half_a, q = exp2_negative(y * kLog2E) * half_b;
             total -= (p + q) * natural_log(p + q);
         }
         entropy += sum(total);
@@ -266,7 +268,7 @@ void moments_rows(const Rows& rows, double* out) {
             const int64_t size = smaller(kBlock, rows.vocab - first);
             over(row + first, size, [&](int chain, Vec v) INLINE_LAMBDA {
                 const Vec z = v - its.top, x = max(z, splat(-1e15f)) - mean;  // its square is finite
-                total[chain] += exp_negative(z) * x * x;
+                total[chain] += exp2_negative(z * kLog2E) * x * x;
             });
             squares += sum((total[0] + total[1]) + (total[2] + total[3]));
         }

@@ -122,6 +122,31 @@ INLINE Vec exp_negative(Vec x) {
 #endif
 }
 
+// 2^x for x <= 0, within 2 ulp; 0 below -126.
+INLINE Vec exp2_negative(Vec x) {
+#if ISA >= 512
+    const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Vec n = (x + kRounder) - kRounder;
+#endif
+    const Vec r = x - n;
+    Vec p = splat(1.5370705e-4f);
+    p = p * r + 1.33998482e-3f;
+    p = p * r + 9.61837359e-3f;
+    p = p * r + 5.55032901e-2f;
+    p = p * r + 2.40226477e-1f;
+    p = p * r + 6.93147182e-1f;
+    p = p * r + 1.0f;
+#if ISA >= 512
+    const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GT_OQ);
+    return (Vec)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)n);
+#else
+    const IntVec alive = x > -126.0f;
+    const IntVec exponent = (__builtin_convertvector(alive ? n : splat(0), IntVec) + 127) << 23;
+    return alive ? p * (Vec)exponent : splat(0.0f);
+#endif
+}
+
 // ln x for x > 0, within 2 ulp; below the smallest normal number, as of that one.
 INLINE Vec natural_log(Vec x) {
     // x = m · 2^n, m from √½ on.
