@@ -15,7 +15,7 @@ _LEAST_MASS = 1e-10
 _LARGEST = torch.finfo(torch.float32).max  # +inf counts as that
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Member:
     """A row of logits: of which sequence, and whose hidden state at which position it is.
 
@@ -45,11 +45,11 @@ class Surroundings:
 
     def of(self, members: Seq[Member]) -> Beside | None:
         """None if no row wants anything."""
+        if not any(one.request.looks_beside for one in members):
+            return None
         reads_attention = any(one.request.params.reads_attention for one in members)
         companions, companion_of = self._companions(members)
         early, early_of, counts = self._early(members)
-        if not reads_attention and companions is None and early is None:
-            return None
         return Beside(
             self._attention(members) if reads_attention else None,
             companions,

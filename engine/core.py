@@ -18,7 +18,7 @@ from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.models.base import Model
-from engine.numerics import scanned
+from engine.numerics import integers, scanned
 from engine.runner import Forwarded, Runner
 from engine.sampler import Sampler, Samples, report
 from engine.scheduler import Scheduler
@@ -211,21 +211,25 @@ class EngineCore:
             [one.sequence.position for one in members],
             self.device,
         )
-        hidden = forwarded.hidden[[forwarded.last_rows[id(one.computed)] for one in members]]
+        last = [forwarded.last_rows[id(one.computed)] for one in members]
+        hidden = forwarded.hidden[integers(last, self.device)]
         # What lies behind the vocabulary are rows of the embedding that no token has.
         raw = self.model.logits(hidden)[:, : self.vocab_size]
-        samples = self.sampler(raw, replace(rows, beside=around.of(members)))
+        if (beside := around.of(members)) is not None:
+            rows = replace(rows, beside=beside)
+        samples = self.sampler(raw, rows)
+        lenses = [self._lens(one, forwarded) for one in members]
+        tokens = [self._token(samples, row, lens) for row, lens in enumerate(lenses)]
+        tops = [self._candidates(samples, row, lens) for row, lens in enumerate(lenses)]
         messages: list[Message] = []
         offset = 0
         for group in groups:
             its = slice(offset, offset + len(group.live))
             offset = its.stop
-            numbers = range(its.start, its.stop)
-            lenses = [self._lens(one, forwarded) for one in members[its]]
             wants = group.strategy.wants
             view = View(
-                [self._token(samples, *one) for one in zip(numbers, lenses, strict=True)],
-                [self._candidates(samples, *one) for one in zip(numbers, lenses, strict=True)],
+                tokens[its],
+                tops[its],
                 raw[its] if wants.logits else None,
                 samples.logits[its] if wants.logits and samples.logits is not None else None,
                 hidden[its] if wants.hidden else None,
@@ -238,8 +242,8 @@ class EngineCore:
 
     def _token(self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]) -> Token:
         logprob, top = samples.logprobs.get(row, (None, ()))
-        trace = samples.traces.get(row)
-        return _through(Token(samples.token_ids[row], "", logprob, top, trace=trace), lens)
+        token = Token(samples.token_ids[row], "", logprob, top, trace=samples.traces.get(row))
+        return _through(token, lens) if lens else token
 
     def _candidates(
         self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]
@@ -251,8 +255,7 @@ class EngineCore:
 
     def _lens(self, member: Member, forwarded: Forwarded) -> tuple[LayerTrace, ...]:
         """What earlier layers alone would say next, where a trace is to hold it."""
-        wish = member.request.trace
-        if wish is None or not wish.layers or forwarded.probed is None:
+        if forwarded.probed is None or (wish := member.request.trace) is None or not wish.layers:
             return ()
         states = forwarded.probed.states(member.computed, member.position)
         hidden = self.model.final_norm(states[list(wish.layers)])
@@ -430,7 +433,7 @@ class EngineCore:
 
 def _through(token: Token, lens: tuple[LayerTrace, ...]) -> Token:
     """The token, its trace with what the lens has seen."""
-    if token.trace is None or not lens:
+    if token.trace is None:
         return token
     return replace(token, trace=replace(token.trace, layers=lens))
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.numerics import integers
 from engine.types import Rows
 from engine.vocabulary import Vocabulary
 
@@ -184,7 +185,7 @@ class Lanes:
     def append(self, lanes: list[int], positions: list[int], token_ids: list[int]) -> None:
         """Add tokens to several lanes' histories, in one write."""
         if lanes:
-            at = torch.tensor([lanes, positions, token_ids], device=self.device)
+            at = integers([lanes, positions, token_ids], self.device)
             self.tokens[at[0], at[1]] = at[2].to(torch.int32)
 
     def fork(self, parents: list[int], children: list[int]) -> None:

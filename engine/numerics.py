@@ -6,14 +6,23 @@ On CPU they are single passes of our kernels; what is written here in torch is t
 runs everywhere else.
 """
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from engine.kernels import native
 
 BLOCK = 256  # tokens per block of the vocabulary
 NEG_INF = float("-inf")
+
+
+def integers(values: ArrayLike, device: str = "cpu") -> Tensor:
+    """Numbers in lists as int64. torch's own way takes three to five times as long as numpy's."""
+    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
 
 
 def kernels(logits: Tensor) -> native.Library | None:
@@ -50,10 +59,14 @@ def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
 def scanned(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows with +inf as the largest float, and what `scan` says of them as they came."""
     top, ids = scan(logits)
-    # Asking a GPU whether there is one would mean waiting for it.
-    if not logits.is_cpu or bool((top == float("inf")).any()):
+    if not known_finite(top):
         logits = logits.clamp(max=torch.finfo(torch.float32).max)
     return logits, top, ids
+
+
+def known_finite(values: Tensor) -> bool:
+    """Are all of these numbers finite? Not known of a GPU's: asking would mean waiting for it."""
+    return values.is_cpu and all(map(math.isfinite, values.tolist()))
 
 
 def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:

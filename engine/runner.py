@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
 from engine.kernels import native
 from engine.models.base import ForwardInput, Model, Probe
+from engine.numerics import integers
 from engine.probing import Probed
 from engine.types import BlockCopy, Chunk, Plan
 
@@ -145,7 +146,7 @@ class Runner:
             tensor[targets] = tensor[sources]
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return integers(values, self.device)
 
 
 def count_blocks(models: Seq[Model], config: EngineConfig, device: str) -> int:

@@ -29,6 +29,7 @@ from engine.numerics import (
     NEG_INF,
     best,
     block_masses,
+    known_finite,
     log_softmax,
     log_sum_exp,
     moments,
@@ -125,13 +126,14 @@ class Sampler:
         top = raw_top
         if self.pipeline.transformed(rows):
             top, chosen = scan(logits)
-        chosen = torch.where(top == NEG_INF, NO_VALID_TOKEN, chosen)
-        broken = raw_top.isnan()
-        if rows.beside is not None:
-            broken = broken | rows.beside.broken()
-        chosen = torch.where(broken, NOT_A_NUMBER, chosen)
-        # A row without a number to draw from is drawn from all the same, and not used.
-        usable = chosen >= 0
+        valid: Tensor | None = None  # which rows have a number to draw from; None: all
+        if rows.beside is not None or not (known_finite(raw_top) and known_finite(top)):
+            chosen = torch.where(top == NEG_INF, NO_VALID_TOKEN, chosen)
+            broken = raw_top.isnan()
+            if rows.beside is not None:
+                broken = broken | rows.beside.broken()
+            chosen = torch.where(broken, NOT_A_NUMBER, chosen)
+            valid = chosen >= 0
         drawn: list[int] = np.flatnonzero(~self.greedy[rows.host_lanes]).tolist()
         processed = logits
         parts: list[Filtered] = []
@@ -140,15 +142,17 @@ class Sampler:
             everyone = len(drawn) == len(rows)
             index = torch.tensor(drawn, device=raw.device)
             part = logits if everyone else logits[index]
-            safe = (
-                part if bool(usable.all()) else torch.where(usable[index].unsqueeze(1), part, 0.0)
-            )
+            if valid is not None and not bool(valid.all()):
+                # The others are drawn from all the same, and not used.
+                part = torch.where(valid[index].unsqueeze(1), part, 0.0)
             its = rows if everyone else rows.select(drawn, index)
-            parts = self.pipeline.filter(safe, its)
+            parts = self.pipeline.filter(part, its)
             tokens = self._draw(parts, len(drawn))
-            chosen[index] = torch.where(usable[index], tokens, chosen[index])
+            chosen[index] = (
+                tokens if valid is None else torch.where(valid[index], tokens, chosen[index])
+            )
             if not self.mode.raw and self._wanting(rows):
-                processed = logits.index_copy(0, index, dense(parts, safe))
+                processed = logits.index_copy(0, index, dense(parts, part))
         if forced is not None:
             chosen = torch.where(chosen == NOT_A_NUMBER, chosen, forced)
             tokens = chosen if drawn else tokens

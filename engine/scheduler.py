@@ -101,10 +101,11 @@ class Scheduler:
         preempted = self.num_preemptions
         planned: set[int] = set()
         shared = False
-        for group in sorted(self.running, key=_catching_up):
-            if group not in self.running:
+        behind = {id(group) for group in self.running if _catching_up(group)}
+        for group in sorted(self.running, key=lambda group: id(group) in behind):
+            if preempted != self.num_preemptions and group not in self.running:
                 continue
-            if _catching_up(group) and not shared:
+            if id(group) in behind and not shared:
                 budget, shared = self._beside(plan, budget), True
             chunks = self._chunks(group, budget)
             while not self._reserve(group, chunks, plan):
@@ -299,16 +300,15 @@ class Scheduler:
         for chunk in plan.chunks:
             sequence, pool = chunk.sequence, self.pools[chunk.sequence.model]
             sequence.num_computed = chunk.end
-            if self.prefix_cache:
-                size = pool.block_size
-                self._hash_blocks(chunk.group, sequence, chunk.end // size)
-                for index in range(chunk.start // size, chunk.end // size):
+            first, full = chunk.start // pool.block_size, chunk.end // pool.block_size
+            if self.prefix_cache and first < full:
+                self._hash_blocks(chunk.group, sequence, full)
+                for index in range(first, full):
                     pool.register(sequence.block_table[index], sequence.block_hashes[index])
-        for group in {id(chunk.group): chunk.group for chunk in plan.chunks}.values():
-            first, *others = group.live
-            copies = others and all(seq.num_generated == 0 for seq in group.live)
+        for group in plan.groups:
+            copies = len(group.live) > 1 and all(seq.num_generated == 0 for seq in group.live)
             if copies and not group.thinks and _complete(group):
-                self._share_prompt(first, others)
+                self._share_prompt(group.live[0], group.live[1:])
 
     def _share_prompt(self, first: Sequence, others: Iterable[Sequence]) -> None:
         """Copies of a prompt get the blocks of the one that was computed."""
@@ -322,8 +322,7 @@ class Scheduler:
 
     def ready(self, plan: Plan) -> list[Group]:
         """The groups of a plan whose every live sequence has its last token computed."""
-        groups = {id(chunk.group): chunk.group for chunk in plan.chunks}
-        return [group for group in groups.values() if group.live and _complete(group)]
+        return [group for group in plan.groups if group.live and _complete(group)]
 
     def think(self, group: Group, hidden: Tensor) -> None:
         """Let the last hidden state [H] be the next input, in place of a token's embedding.
@@ -375,7 +374,10 @@ class Scheduler:
         awake = {id(sequence) for sequence in live}
         newcomers: list[tuple[Sequence, int]] = []  # who need a lane, and whose to copy, or -1
         for parent in parents:
-            newcomers += self._hand_over(parent, heirs[id(parent)], awake)
+            its = heirs[id(parent)]
+            goes_on = len(its) == 1 and its[0] is parent and id(parent) in awake
+            if not goes_on or parent.lane < 0:
+                newcomers += self._hand_over(parent, its, awake)
         for sequence, source in newcomers:
             self._take_lane(group, sequence, source)
         for sequence in reseeded:

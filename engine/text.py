@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from engine.tokenizer import Tokenizer
 from engine.types import Sequence, Token
@@ -88,6 +87,9 @@ class TextStream:
             self._release(self._held + piece, "")
             return None
         held = self._held + piece
+        if not self._stops:
+            self._release(held, "")
+            return None
         stop = self._first_stop(held)
         if stop is None:
             keep = self._could_begin_stop(held)
@@ -159,7 +161,7 @@ class TextStream:
         return min(found, key=lambda match: match[0])[1] if found else None
 
     def _could_begin_stop(self, text: str) -> int:
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         for size in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 return size
@@ -200,4 +202,4 @@ class Settled:
 
 
 def _with_text(token: Token, text: str) -> Token:
-    return replace(token, text=text)
+    return Token(token.id, text, token.logprob, token.top, token.rank, token.trace)

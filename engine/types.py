@@ -1,7 +1,8 @@
 """The messages that cross between threads, and the two records the scheduler keeps.
 
-Messages are frozen and pickle. `Sequence` and `Group` are mutable and have one writer, the
-scheduler, on the engine thread.
+Messages pickle, and nobody changes one. Those that every row of every step has are not frozen:
+that would take four times as long to make. `Sequence` and `Group` are mutable and have one writer,
+the scheduler, on the engine thread.
 
 Letters in shapes, here and everywhere: T tokens of a step, S sequences of a step, R logits rows,
 V vocabulary, L lanes, B blocks per sequence, C context length, H hidden size.
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from engine.numerics import integers
 from engine.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ class Request:
         return self.params.reads_layers or bool(self.trace and self.trace.layers)
 
     @property
+    def looks_beside(self) -> bool:
+        """Do its rows see anything besides their own logits?"""
+        return bool(self.companion_ids or self.early_layers or self.params.reads_attention)
+
+    @property
     def num_prompt(self) -> int:
         """Tokens before the first that is generated, hidden ones included."""
         return len(self.prompt_ids) + len(self.hidden_ids) + self.num_thoughts + len(self.end_ids)
@@ -139,7 +145,7 @@ class TokenTrace:
     layers: tuple[LayerTrace, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Token:
     """A generated or prompt token as the client sees it."""
 
@@ -160,7 +166,7 @@ class Candidate:
     perturbed: float = 0.0  # the logprob with Gumbel noise, where a strategy wants that
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """What is new of one choice of one request."""
 
@@ -311,6 +317,8 @@ class Group:
 
         Copies of the bare prompt are computed once, by the first.
         """
+        if len(self.live) == 1 and self.live[0].companion is None:
+            return self.live
         copies = len(self.live) > 1 and all(seq.num_generated == 0 for seq in self.live)
         running = self.live[:1] if copies else self.live
         companions = [seq.companion for seq in running if seq.companion is not None]
@@ -323,7 +331,7 @@ class Group:
         return own + [seq.companion for seq in own if seq.companion is not None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """Tokens [start, start + length) of a sequence, to be computed this step."""
 
@@ -357,6 +365,11 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def groups(self) -> list[Group]:
+        """Whose tokens these are, each once."""
+        return list({id(chunk.group): chunk.group for chunk in self.chunks}.values())
 
 
 # -- tensors of a step
@@ -439,7 +452,7 @@ class Rows:
 
     @classmethod
     def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":
-        both = torch.tensor([lanes, positions], dtype=torch.int64, device=device)
+        both = integers([lanes, positions], device)
         return cls(lanes, positions, max(positions, default=-1) + 1, both[0], both[1])
 
     def __len__(self) -> int:

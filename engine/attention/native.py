@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.attention.torch_paged import AttentionPlan, LayerCache, Span, TorchPagedAttention
 from engine.kernels import native
+from engine.numerics import integers
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ class NativeAttention:
             lines.append([row, span.length, span.start, len(blocks)])
             blocks += span.blocks[: -(-span.context_len // self.block_size)]
             row += span.length
-        return NativePlan(
-            torch.tensor(lines, dtype=torch.int64), torch.tensor(blocks), spans, self._torch
-        )
+        return NativePlan(integers(lines), integers(blocks), spans, self._torch)
 
     def attend(
         self,

@@ -78,6 +78,7 @@ class CpuDecoder:
             rope_scale=config.rope_scale,
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._cache: list[LayerCache] | None = None
 
     def forward(
         self,
@@ -86,9 +87,8 @@ class CpuDecoder:
         attention: Attention,  # noqa: ARG002 - the kernels do it themselves
     ) -> Tensor:
         """The final hidden states, [T, H] float32."""
-        for layer, kept in zip(self._layers, cache, strict=True):
-            layer.keys, layer.values = kept.keys.data_ptr(), kept.values.data_ptr()
-        self._decoder.block_size = cache[0].keys.shape[2]
+        if cache is not self._cache:
+            self._point_to(cache)
         hidden = torch.empty(len(inputs.token_ids), self.config.hidden_size)
         step = native.Step(
             decoder=ctypes.pointer(self._decoder),
@@ -108,6 +108,12 @@ class CpuDecoder:
         self._library.forward(step)
         del pointed_to
         return hidden
+
+    def _point_to(self, cache: list[LayerCache]) -> None:
+        for layer, kept in zip(self._layers, cache, strict=True):
+            layer.keys, layer.values = kept.keys.data_ptr(), kept.values.data_ptr()
+        self._decoder.block_size = cache[0].keys.shape[2]
+        self._cache = cache
 
     def _probe(self, step: native.Step, inputs: ForwardInput) -> list[Tensor]:
         """Make room for what a probe wants; returns what must live until the step is over."""
