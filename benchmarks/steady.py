@@ -1,9 +1,10 @@
 """How steadily a server streams: alone, and while it reads long prompts.
 
 Some clients stream. For a while they are alone; then long prompts with one token of output come,
-one after the other. A line each has the time between tokens, and how long `GET /live` takes, which
-is no less than the server's event loop is held up. The load generator has the same cores, so both
-are upper bounds. One line of JSON comes last.
+one after the other. A line each has the time between tokens, how long `GET /live` takes, and how
+late the server's event loop came to its timers, where its metrics tell: an upper bound of what the
+99th of a hundred and the last of all were late by. The load generator has the same cores, so all of
+these are upper bounds. One line of JSON comes last.
 
     python -m benchmarks.steady
     python -m benchmarks.steady --clients 8 --long-prompt 4096 --prompts 1
@@ -12,7 +13,9 @@ are upper bounds. One line of JSON comes last.
 import argparse
 import asyncio
 import json
+import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +30,7 @@ class Watch:
 
     streams: list[serve.Sample]
     probes: list[tuple[float, float]] = field(default_factory=list)  # when, and how long
+    lags: list[Counter[float]] = field(default_factory=list)  # as `_lags` says, at three times
 
     def between(self, begin: float, end: float) -> dict[str, Any]:
         """Milliseconds between tokens and of the probes."""
@@ -61,18 +65,41 @@ async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> d
                 if time.perf_counter() > deadline:
                     raise SystemExit("not all streams have begun after two minutes")
                 await asyncio.sleep(0.01)
+            watch.lags.append(await _lags(http))
             alone = time.perf_counter()
             await asyncio.sleep(args.seconds)
             beside = time.perf_counter()
+            watch.lags.append(await _lags(http))
             for number in range(args.prompts):
                 await serve.ask(http, long, number)
             end = time.perf_counter()
+            watch.lags.append(await _lags(http))
             await _all_going(streams)
         finally:
             for task in (*streams, probing):
                 task.cancel()
             await asyncio.gather(*streams, probing, return_exceptions=True)
-    return {"alone": watch.between(alone, beside), "long prompts": watch.between(beside, end)}
+    found = {"alone": watch.between(alone, beside), "long prompts": watch.between(beside, end)}
+    for one, before, after in zip(found.values(), watch.lags, watch.lags[1:], strict=False):
+        one["lag_ms"] = upper_bounds(after - before)
+    return found
+
+
+async def _lags(http: httpx.AsyncClient) -> Counter[float]:
+    """How many timers the server's event loop has come to no later than so many milliseconds."""
+    pattern = r'^logitmill:event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)$'
+    found = re.findall(pattern, (await http.get("/metrics")).text, re.MULTILINE)
+    return Counter({1e3 * float(bound): int(float(count)) for bound, count in found})
+
+
+def upper_bounds(lags: Counter[float]) -> dict[str, float]:
+    """Of the times in ms by which timers were late; nothing where there are no timers."""
+    total = max(lags.values(), default=0)
+    parts = {"p99": 0.99 * total, "max": float(total)} if total else {}
+    return {
+        name: min(bound for bound, count in lags.items() if count >= part)
+        for name, part in parts.items()
+    }
 
 
 async def _all_going(streams: list["asyncio.Task[serve.Sample]"]) -> None:

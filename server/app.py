@@ -24,6 +24,7 @@ from server.schemas import ErrorBody
 from server.serving import until_chats_render
 from server.state import ServerState
 
+_LAG_EVERY_S = 0.02  # how often the event loop's lateness is measured
 _BOUNDS = {
     "ge": "minimum",
     "gt": "exclusiveMinimum",
@@ -71,9 +72,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """The port opens before the model is loaded; requests are told to wait."""
     state: ServerState = app.state.server
     state.engine.start()
-    watch = asyncio.create_task(_announce(state))
+    tasks = [asyncio.create_task(one) for one in (_announce(state), _watch_lag(state.metrics))]
     yield
-    watch.cancel()
+    for task in tasks:
+        task.cancel()
     await state.engine.stop()
 
 
@@ -83,6 +85,15 @@ async def _announce(state: ServerState) -> None:
         tokenizer, info = state.model()
         state.metrics.set_model(info)
         await until_chats_render(tokenizer)
+
+
+async def _watch_lag(metrics: Metrics) -> None:
+    """Measure how late the event loop comes to a timer: what it does then holds up everybody."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_EVERY_S
+        await asyncio.sleep(_LAG_EVERY_S)
+        metrics.on_lag(max(loop.time() - due, 0.0))
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

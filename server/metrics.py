@@ -1,17 +1,19 @@
 """Prometheus metrics, under our own prefix and, for existing dashboards, vLLM's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    Metric,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.registry import Collector
 
 from engine.prepare import ModelInfo
 from engine.types import Finished, FinishReason, Request, StepStats
@@ -23,6 +25,7 @@ _GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5,
           10, 20, 40, 80)
 _PHASE_S = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
             120, 240, 480, 960, 1920, 7680)
+_LAG_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 # fmt: on
 _COPIES = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
@@ -60,6 +63,21 @@ _COUNTS = {
 }
 
 
+class _Prefixed(Collector):
+    """What a registry holds, under a prefix."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
+        self._registry, self._prefix = registry, prefix
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            metric = Metric(f"{self._prefix}:{family.name}", family.documentation, family.type)
+            metric.samples = [
+                sample._replace(name=f"{self._prefix}:{sample.name}") for sample in family.samples
+            ]
+            yield metric
+
+
 class Metrics:
     """All metrics of a server. Used on the event loop only, so scraping never waits."""
 
@@ -68,21 +86,40 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self._prefixes = ("logitmill", "vllm") if with_vllm_names else ("logitmill",)
+        self._own = CollectorRegistry()  # without a prefix
+        for prefix in ("logitmill", "vllm") if with_vllm_names else ("logitmill",):
+            self.registry.register(_Prefixed(self._own, prefix))
         self._labels = {"model_name": model_name, "engine": "0"}
-        names = list(self._labels)
-        self._gauges = {name: self._gauge(name, text, names) for name, text in _GAUGES.items()}
-        self._by_reason = self._gauge(
-            "num_requests_waiting_by_reason", "Waiting sequences by reason", [*names, "reason"]
-        )
-        self._counters = {
-            name: self._counter(name, text, names) for name, text in _COUNTERS.items()
+        names, own = list(self._labels), self._own
+        self._gauges = {
+            name: Gauge(name, text, names, registry=own).labels(**self._labels)
+            for name, text in _GAUGES.items()
         }
-        self._success = self._counter(
-            "request_success", "Ended sequences by reason", [*names, "finished_reason"]
+        by_reason = Gauge(
+            "num_requests_waiting_by_reason",
+            "Waiting sequences by reason",
+            [*names, "reason"],
+            registry=own,
         )
-        self._rejections = self._counter(
-            "admission_rejections", "Requests refused for load", ["model_name", "reason"]
+        self._waiting_for_capacity = by_reason.labels(**self._labels, reason="capacity")
+        by_reason.labels(**self._labels, reason="deferred")  # which none ever is
+        self._counters = {
+            name: Counter(name, text, names, registry=own).labels(**self._labels)
+            for name, text in _COUNTERS.items()
+        }
+        self._success = Counter(
+            "request_success",
+            "Ended sequences by reason",
+            [*names, "finished_reason"],
+            registry=own,
+        )
+        for reason in (*FinishReason, "abort", "error"):
+            self._success.labels(**self._labels, finished_reason=reason)
+        self._rejections = Counter(
+            "admission_rejections",
+            "Requests refused for load",
+            ["model_name", "reason"],
+            registry=own,
         )
         histograms = _SECONDS | {
             "request_params_n": (_COPIES, "n of a request"),
@@ -90,12 +127,18 @@ class Metrics:
             "iteration_tokens_total": (_STEP_TOKENS, "Tokens computed in a step"),
         }
         self._histograms = {
-            name: self._histogram(name, text, buckets, names)
+            name: self._histogram(name, text, buckets)
             for name, (buckets, text) in histograms.items()
         }
         self._ignored = Counter(
             "logitmill:ignored_fields",
             "Unknown request fields that were ignored",
+            registry=self.registry,
+        )
+        self._lag = Histogram(
+            "logitmill:event_loop_lag_seconds",
+            "How late the event loop comes to what is due",
+            buckets=_LAG_S,
             registry=self.registry,
         )
         self._http = Counter(
@@ -112,19 +155,11 @@ class Metrics:
             registry=self.registry,
         )
         self._last = StepStats()
-        self._begin()
 
-    def _begin(self) -> None:
-        """Zeros, so that dashboards have every series before anything happens."""
-        self.on_step(self._last)
-        for name in self._counters:
-            self._count(name, 0)
-        for counter in self._success:
-            for reason in (*FinishReason, "abort", "error"):
-                counter.labels(**self._labels, finished_reason=reason)
-        for histograms in self._histograms.values():
-            for histogram in histograms:
-                histogram.labels(**self._labels)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        labels = list(self._labels)
+        metric = Histogram(name, text, labels, buckets=buckets, registry=self._own)
+        return metric.labels(**self._labels)
 
     # -- what happened
 
@@ -132,29 +167,22 @@ class Metrics:
         """The model is loaded: its context bounds what is counted per request."""
         lengths = _one_two_five(info.context_len)
         for name, text in _COUNTS.items():
-            self._histograms[name] = self._histogram(name, text, lengths, list(self._labels))
+            self._histograms[name] = self._histogram(name, text, lengths)
         layout = {
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
             "cache_dtype": info.dtype,
         }
-        for prefix in self._prefixes:
-            gauge = Gauge(
-                f"{prefix}:cache_config_info",
-                "Layout of the KV cache",
-                [*self._labels, *layout],
-                registry=self.registry,
-            )
-            gauge.labels(**self._labels, **layout).set(1)
+        names = [*self._labels, *layout]
+        gauge = Gauge("cache_config_info", "Layout of the KV cache", names, registry=self._own)
+        gauge.labels(**self._labels, **layout).set(1)
 
     def on_step(self, stats: StepStats) -> None:
         """A step was computed."""
-        self._set("num_requests_running", stats.num_running)
-        self._set("num_requests_waiting", stats.num_waiting)
-        self._set("kv_cache_usage_perc", stats.kv_usage)
-        for gauge in self._by_reason:
-            gauge.labels(**self._labels, reason="capacity").set(stats.num_waiting)
-            gauge.labels(**self._labels, reason="deferred").set(0)
+        self._gauges["num_requests_running"].set(stats.num_running)
+        self._gauges["num_requests_waiting"].set(stats.num_waiting)
+        self._gauges["kv_cache_usage_perc"].set(stats.kv_usage)
+        self._waiting_for_capacity.set(stats.num_waiting)
         last = self._last
         self._count("prefix_cache_queries", stats.cache_queries - last.cache_queries)
         self._count("prefix_cache_hits", stats.cache_hits - last.cache_hits)
@@ -203,8 +231,11 @@ class Metrics:
             self._end("error")
 
     def on_rejection(self, reason: str) -> None:
-        for counter in self._rejections:
-            counter.labels(model_name=self._labels["model_name"], reason=reason).inc()
+        self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
+
+    def on_lag(self, seconds: float) -> None:
+        """The event loop was that late."""
+        self._lag.observe(seconds)
 
     def on_ignored(self, num_fields: int) -> None:
         self._ignored.inc(num_fields)
@@ -218,39 +249,14 @@ class Metrics:
         """Everything in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    # -- each metric under each prefix
-
-    def _gauge(self, name: str, text: str, labels: Sequence[str]) -> list[Gauge]:
-        return [Gauge(f"{p}:{name}", text, labels, registry=self.registry) for p in self._prefixes]
-
-    def _counter(self, name: str, text: str, labels: Sequence[str]) -> list[Counter]:
-        return [
-            Counter(f"{p}:{name}", text, labels, registry=self.registry) for p in self._prefixes
-        ]
-
-    def _histogram(
-        self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str]
-    ) -> list[Histogram]:
-        return [
-            Histogram(f"{p}:{name}", text, labels, buckets=buckets, registry=self.registry)
-            for p in self._prefixes
-        ]
-
-    def _set(self, name: str, value: float) -> None:
-        for gauge in self._gauges[name]:
-            gauge.labels(**self._labels).set(value)
-
     def _count(self, name: str, amount: float) -> None:
-        for counter in self._counters[name]:
-            counter.labels(**self._labels).inc(amount)
+        self._counters[name].inc(amount)
 
     def _observe(self, name: str, value: float) -> None:
-        for histogram in self._histograms[name]:
-            histogram.labels(**self._labels).observe(value)
+        self._histograms[name].observe(value)
 
     def _end(self, reason: str) -> None:
-        for counter in self._success:
-            counter.labels(**self._labels, finished_reason=reason).inc()
+        self._success.labels(**self._labels, finished_reason=reason).inc()
 
 
 def _one_two_five(largest: int) -> list[int]:

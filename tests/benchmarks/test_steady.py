@@ -46,6 +46,7 @@ def test_what_is_seen_alone_and_beside_a_long_prompt(tiny_folder: Path) -> None:
         assert one["tokens"] > 0
         assert 0.0 < one["gap_ms"]["p50"] <= one["gap_ms"]["max"]
         assert 0.0 < one["live_ms"]["p50"] <= one["live_ms"]["max"]
+        assert 0.0 < one["lag_ms"]["p99"] <= one["lag_ms"]["max"]
     assert (ended.returncode, refused.returncode) == (1, 1)
     assert "a stream ended too early: ask for more --output-tokens" in ended.stderr
     assert refused.stderr.startswith(f"{url}/v1/completions: 400: ")

@@ -1,6 +1,7 @@
 """Prometheus metrics: names, labels, and what makes them move."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,20 @@ async def test_no_label_holds_what_a_client_sent(tiny_folder: Path) -> None:
 
     assert secret not in text
     assert 'handler="unmatched"' in text
+
+
+@pytest.mark.anyio
+async def test_what_holds_up_the_event_loop_shows_as_its_lag(tiny_folder: Path) -> None:
+    name = "logitmill:event_loop_lag_seconds"
+    async with asgi_client(make_app(lambda: tiny_core(tiny_folder))) as client:
+        while (before := await scrape(client))[f"{name}_count"] < 2:
+            await asyncio.sleep(0.01)
+        time.sleep(0.3)
+        await asyncio.sleep(0.05)
+        after = await scrape(client)
+
+    late = [one[f"{name}_count"] - one[f"{name}_bucket{{le=0.25}}"] for one in (before, after)]
+    assert late[1] > late[0]
 
 
 @pytest.mark.anyio
