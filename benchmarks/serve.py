@@ -29,7 +29,12 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+import aiohttp
 import httpx
+
+
+class NoAnswer(Exception):
+    """The server did not do what it was asked for."""
 
 
 @dataclass
@@ -77,19 +82,19 @@ class Load:
 
 
 async def ask(
-    client: httpx.AsyncClient, load: Load, number: int, sample: Sample | None = None
+    http: aiohttp.ClientSession, load: Load, number: int, sample: Sample | None = None
 ) -> Sample:
-    """Send one request and time its tokens, in a sample that can be watched."""
+    """Send one request and time its tokens, in a sample that can be watched.
+
+    Raises NoAnswer if the server says something else.
+    """
     sample = sample or Sample()
     sample.sent = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=load.body(number)) as response:
-        if response.status_code != 200:
-            answer = (await response.aread()).decode()
-            raise httpx.HTTPStatusError(
-                f"{response.status_code}: {answer}", request=response.request, response=response
-            )
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
+    async with http.post("/v1/completions", json=load.body(number)) as response:
+        if response.status != 200:
+            raise NoAnswer(f"{response.url}: {response.status}: {await response.text()}")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
                 continue
             chunk = json.loads(line[6:])
             if chunk["choices"]:
@@ -99,16 +104,14 @@ async def ask(
                 sample.prompt_tokens = usage["prompt_tokens"]
                 sample.tokens = usage["completion_tokens"]
         if not sample.times:
-            raise httpx.RemoteProtocolError(
-                "the stream ended without a token", request=response.request
-            )
+            raise NoAnswer(f"{response.url}: the stream ended without a token")
     return sample
 
 
 async def closed_loop(load: Load, clients: int, requests: int) -> list[Sample]:
     """Each client sends its share of the requests, one after the other."""
 
-    async def one(share: range, http: httpx.AsyncClient) -> list[Sample]:
+    async def one(share: range, http: aiohttp.ClientSession) -> list[Sample]:
         return [await ask(http, load, number) for number in share]
 
     async with connect(load, clients) as http:
@@ -128,11 +131,11 @@ async def open_loop(load: Load, rate: float, requests: int) -> list[Sample]:
         return await asyncio.gather(*tasks)
 
 
-def connect(load: Load, connections: int) -> httpx.AsyncClient:
+def connect(load: Load, connections: int) -> aiohttp.ClientSession:
     """A client of the load's server, for that many requests at once."""
     # A connection for each request, because llama-server ends one after a stream without saying so.
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
-    return httpx.AsyncClient(base_url=load.url, timeout=None, limits=limits, trust_env=False)
+    connector = aiohttp.TCPConnector(limit=connections, force_close=True)
+    return aiohttp.ClientSession(load.url, connector=connector, timeout=aiohttp.ClientTimeout())
 
 
 def summary(samples: list[Sample]) -> dict[str, Any]:
@@ -228,6 +231,8 @@ def failing_in_a_line() -> Iterator[None]:
     """End the program with what a server says, or that it is not there, without a traceback."""
     try:
         yield
+    except (NoAnswer, aiohttp.ClientError) as error:
+        raise SystemExit(str(error)) from None
     except httpx.HTTPError as error:
         raise SystemExit(f"{error.request.url}: {error}") from None
 

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import httpx
+import aiohttp
 
 from benchmarks import serve
 
@@ -85,10 +85,11 @@ async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> d
     return found
 
 
-async def _lags(http: httpx.AsyncClient) -> Counter[float]:
+async def _lags(http: aiohttp.ClientSession) -> Counter[float]:
     """How many timers the server's event loop has come to no later than so many milliseconds."""
     pattern = r'^logitmill:event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)$'
-    found = re.findall(pattern, (await http.get("/metrics")).text, re.MULTILINE)
+    async with http.get("/metrics") as response:
+        found = re.findall(pattern, await response.text(), re.MULTILINE)
     return Counter({1e3 * float(bound): int(float(count)) for bound, count in found})
 
 
@@ -109,10 +110,11 @@ async def _all_going(streams: list["asyncio.Task[serve.Sample]"]) -> None:
             raise SystemExit("a stream ended too early: ask for more --output-tokens")
 
 
-async def _probe(http: httpx.AsyncClient, watch: Watch) -> None:
+async def _probe(http: aiohttp.ClientSession, watch: Watch) -> None:
     while True:
         begin = time.perf_counter()
-        await http.get("/live")
+        async with http.get("/live") as response:
+            await response.read()
         watch.probes.append((begin, time.perf_counter() - begin))
         await asyncio.sleep(0.01)
 

@@ -24,7 +24,7 @@ from server.schemas import ErrorBody
 from server.serving import until_chats_render
 from server.state import ServerState
 
-_LAG_EVERY_S = 0.02  # how often the event loop's lateness is measured
+_LAG_EVERY_S = 0.1  # how often the event loop's lateness is measured
 _BOUNDS = {
     "ge": "minimum",
     "gt": "exclusiveMinimum",

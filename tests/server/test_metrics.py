@@ -246,7 +246,7 @@ async def test_what_holds_up_the_event_loop_shows_as_its_lag(tiny_folder: Path) 
     async with asgi_client(make_app(lambda: tiny_core(tiny_folder))) as client:
         while (before := await scrape(client))[f"{name}_count"] < 2:
             await asyncio.sleep(0.01)
-        time.sleep(0.3)
+        time.sleep(0.5)
         await asyncio.sleep(0.05)
         after = await scrape(client)
 
