@@ -117,7 +117,7 @@ def _filtered(
             assert isinstance(stage, Filter)
             before = copy(candidates)
             stage.apply(candidates, rows)
-            left = int(candidates.count)
+            left = count if candidates.whole is before.whole else int(candidates.count)
             if left != count:
                 was, whole = before.dense() if whole is None else whole, candidates.dense()
                 removed = _mass(was, before.total, where=whole == NEG_INF)
@@ -126,10 +126,11 @@ def _filtered(
                 whole = None
                 noted.append(StageTrace(_name(stage), left, 0.0))
             count = left
+        settled = candidates.whole
         candidates.settle()
         if not bool(candidates.unsure.any()):
             stages += noted
-            if whole is None or int(candidates.count) != count:
+            if whole is None or candidates.whole is not settled:
                 whole = candidates.dense()
             return candidates, whole
         candidates = candidates.wider(torch.zeros_like(rows.lanes), widening(filters))
@@ -137,14 +138,18 @@ def _filtered(
 
 def _step(stage: Stage, before: Tensor, after: Tensor) -> StageTrace:
     """What a transform did: tokens left, and the mass of those it banned."""
-    removed = _mass(before, _total(before), where=after == NEG_INF)
-    return StageTrace(_name(stage), int(count_finite(after)), removed)
+    count, left = int(count_finite(before)), int(count_finite(after))
+    banned = left < count
+    removed = _mass(before, _total(before), where=after == NEG_INF) if banned else 0.0
+    return StageTrace(_name(stage), left, removed)
 
 
 def _mass(logits: Tensor, total: Tensor, where: Tensor) -> float:
-    """The probability of some tokens [1, V] bool together; `total` is ln Σ exp of all."""
-    those = torch.where(where, logits, NEG_INF)
-    return _prob(_total(those), total) if int(count_finite(those)) else 0.0
+    """The probability of some tokens [1, V] bool together, of which one at least is left.
+
+    `total` is ln Σ exp of all.
+    """
+    return _prob(_total(torch.where(where, logits, NEG_INF)), total)
 
 
 def _total(logits: Tensor) -> Tensor:

@@ -308,6 +308,9 @@ class Candidates:
 
     def dense(self) -> Tensor:
         """The logits of the whole vocabulary, -inf where dropped: [R, V] float32."""
+        if self.ranked and self.tail.is_cpu and not bool(self.tail.any()):
+            nothing = torch.full((len(self.tail), self.vocab_size), NEG_INF)
+            return nothing.scatter_(1, self.ids, self.logits)
         whole = _scaled(self.raw, self.temperature.unsqueeze(1))
         if not self.ranked:
             return whole
