@@ -11,6 +11,7 @@
 constexpr int kChunk = 64;    // keys per softmax chunk
 constexpr int kQueries = 48;  // queries that share a pass over keys and values
 constexpr int kMaxDim = 256;
+constexpr int kManySpans = 4;  // for each thread
 #if ISA >= 512
 constexpr int kWidth = 4;  // vectors that are accumulated at a time for each query
 #else
@@ -19,7 +20,8 @@ constexpr int kWidth = 2;
 
 struct Tile {
     const Span* span;
-    int64_t kv_head, first, count;  // rows [first, first + count) of the span
+    int64_t kv_head, kv_heads;  // how many, from this one on
+    int64_t first, count;       // rows [first, first + count) of the span
 };
 
 // What queries and weights are multiplied as: numbers of the cache's type, if there are instructions
@@ -350,13 +352,14 @@ INLINE int64_t slot(const Attention& a, const Span& span, int64_t kv_head, int64
     return (block * a.kv_heads + kv_head) * a.block_size + position % a.block_size;
 }
 
-// The chunk that begins at position `first`.
+// The chunk of one of a tile's heads that begins at position `first`.
 template <class T>
-INLINE void locate(const Attention& a, const Tile& tile, int64_t first, Chunk<T>& chunk, Ahead& ahead) {
+INLINE void locate(const Attention& a, const Tile& tile, int64_t head, int64_t first, Chunk<T>& chunk,
+                   Ahead& ahead) {
     chunk.count = (int)smaller<int64_t>(kChunk, last_key(tile) - first);
     ahead.clear();
     for (int j = 0; j < chunk.count;) {
-        const int64_t at = slot(a, *tile.span, tile.kv_head, first + j);
+        const int64_t at = slot(a, *tile.span, tile.kv_head + head, first + j);
         const int64_t left = a.block_size - (first + j) % a.block_size;
         const int size = (int)smaller<int64_t>(chunk.count - j, left);
         ahead.add((const T*)a.keys + at * a.dim, size * a.dim * sizeof(T));
@@ -377,10 +380,12 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
     const Span& span = *tile.span;
     const int dim = (int)a.dim, value_dim = (int)a.value_dim;
     const int64_t group = a.heads / a.kv_heads;
-    const int num_queries = (int)(tile.count * group);
+    const int of_head = (int)(tile.count * group), num_queries = (int)tile.kv_heads * of_head;
+    auto row_of = [&](int i) INLINE_LAMBDA { return tile.first + i % of_head / group; };
+    auto head_of = [&](int i) INLINE_LAMBDA { return (tile.kv_head + i / of_head) * group + i % group; };
     for (int i = 0; i < num_queries; ++i) {
-        const int64_t row = tile.first + i / group;
-        const Q* q = query(span.first_row + row, tile.kv_head * group + i % group);
+        const int64_t row = row_of(i);
+        const Q* q = query(span.first_row + row, head_of(i));
         for (int d = 0; d < dim; d += kLanes) store(s.q[i] + d, load(q + d) * a.scale);
         std::memset(s.acc[i], 0, sizeof(float) * value_dim);
         s.best[i] = kNegInf;
@@ -392,27 +397,34 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
     Chunk<T> chunks[2];
     Ahead ahead;
     int side = 0;
-    locate(a, tile, first_key(a, tile), chunks[0], ahead);
-    for (int64_t first = first_key(a, tile); first < end; first += kChunk, side ^= 1) {
+    int64_t head = 0;
+    locate(a, tile, 0, first_key(a, tile), chunks[0], ahead);
+    for (int64_t first = first_key(a, tile); first < end; side ^= 1) {
         const Chunk<T>& now = chunks[side];
         Chunk<T>& after = chunks[side ^ 1];
-        if (first + kChunk < end) locate(a, tile, first + kChunk, after, ahead);
-        else if (next) locate(a, *next, first_key(a, *next), after, ahead);
+        if (head + 1 < tile.kv_heads) locate(a, tile, head + 1, first, after, ahead);
+        else if (first + kChunk < end) locate(a, tile, 0, first + kChunk, after, ahead);
+        else if (next) locate(a, *next, 0, first_key(a, *next), after, ahead);
         else ahead.clear();
         // A line for 32 numbers of each key and value, for every six queries, and some from turning.
-        ahead.expect((2 * ((num_queries + 5) / 6) + 1) * now.count * (dim + value_dim) / kLanes / 4 + 1);
+        ahead.expect((2 * ((of_head + 5) / 6) + 1) * now.count * (dim + value_dim) / kLanes / 4 + 1);
         turn(now.keys, now.count, dim, s.turned, ahead);
-        int i = 0;
-        for (; i + 6 <= num_queries; i += 6) score<6, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
-        for (; i + 3 <= num_queries; i += 3) score<3, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
-        for (; i < num_queries; ++i) score<1, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
-        for (i = 0; i < num_queries; ++i) soften(s, i, first, now.count, value_dim, a.window);
-        for (i = 0; i + 6 <= num_queries; i += 6)
+        const int begin = (int)head * of_head, behind = begin + of_head;
+        int i = begin;
+        for (; i + 6 <= behind; i += 6) score<6, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
+        for (; i + 3 <= behind; i += 3) score<3, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
+        for (; i < behind; ++i) score<1, T>(s.turned, now.count, dim, s.q + i, s.scores + i, ahead);
+        for (i = begin; i < behind; ++i) soften(s, i, first, now.count, value_dim, a.window);
+        for (i = begin; i + 6 <= behind; i += 6)
             gather<6, T>(now.values, now.count, value_dim, weights + i, s.acc + i, ahead);
-        for (; i + 3 <= num_queries; i += 3)
+        for (; i + 3 <= behind; i += 3)
             gather<3, T>(now.values, now.count, value_dim, weights + i, s.acc + i, ahead);
-        for (; i < num_queries; ++i)
+        for (; i < behind; ++i)
             gather<1, T>(now.values, now.count, value_dim, weights + i, s.acc + i, ahead);
+        if (++head == tile.kv_heads) {
+            head = 0;
+            first += kChunk;
+        }
     }
     for (int i = 0; i < num_queries; ++i) {
         for (int d = 0; d + 2 * kLanes <= value_dim; d += 2 * kLanes) {
@@ -422,21 +434,26 @@ INLINE void attend(const Attention& a, const Tile& tile, const Tile* next, Query
             store(s.acc[i] + d + kLanes, high);
         }
     }
-    for (int i = 0; i < num_queries; ++i) {
-        const int64_t row = span.first_row + tile.first + i / group;
-        done(row, tile.kv_head * group + i % group, s.acc[i], 1.0f / s.total[i]);
-    }
+    for (int i = 0; i < num_queries; ++i)
+        done(span.first_row + row_of(i), head_of(i), s.acc[i], 1.0f / s.total[i]);
 }
 
-// The tiles of all spans, in order; returns how many there are, filling `tiles` unless it is null.
+// The tiles of all spans; returns how many there are, filling `tiles` unless it is null. Those of the
+// last spans, which are the longest, come first, so that no thread ends with one of them alone.
+//
+// Where there are spans enough for all threads, a single row attends with all its heads: those of a
+// block lie behind one another, and memory is faster the more of it is read in a row.
 INLINE int64_t make_tiles(const Attention& a, Tile* tiles) {
     const int64_t rows = larger<int64_t>(kQueries / (a.heads / a.kv_heads), 1);
+    const bool many = a.num_spans >= kManySpans * omp_get_max_threads();
+    const int64_t together = many && a.heads <= kQueries ? a.kv_heads : 1;
     int64_t n = 0;
-    for (int64_t i = 0; i < a.num_spans; ++i) {
+    for (int64_t i = a.num_spans - 1; i >= 0; --i) {
         const Span& span = a.spans[i];
+        const int64_t heads = span.num_rows == 1 ? together : 1;
         for (int64_t first = 0; first < span.num_rows; first += rows) {
-            for (int64_t head = 0; head < a.kv_heads; ++head, ++n) {
-                if (tiles) tiles[n] = {&span, head, first, smaller(rows, span.num_rows - first)};
+            for (int64_t head = 0; head < a.kv_heads; head += heads, ++n) {
+                if (tiles) tiles[n] = {&span, head, heads, first, smaller(rows, span.num_rows - first)};
             }
         }
     }

@@ -8,6 +8,7 @@
 #include <omp.h>
 #else
 static int omp_get_num_threads() { return 1; }
+static int omp_get_max_threads() { return 1; }
 #endif
 
 #include <algorithm>

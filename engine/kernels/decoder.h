@@ -275,7 +275,7 @@ void run_layers(const Step& s, const Buffers& b) {
             const int64_t first = task % parts * size;
             project<T>(s, layer, b, task / parts, first, smaller(first + size, num_tokens), upcoming);
         });
-        walker.run(b.num_tiles, 2, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        walker.run(b.num_tiles, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t i = first; i < last; ++i) {
                 attend<float, T>(
                     a, b.tiles[i], i + 1 < b.num_tiles ? b.tiles + i + 1 : nullptr,
