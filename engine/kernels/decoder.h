@@ -275,21 +275,19 @@ void run_layers(const Step& s, const Buffers& b) {
             const int64_t first = task % parts * size;
             project<T>(s, layer, b, task / parts, first, smaller(first + size, num_tokens), upcoming);
         });
-        walker.run(b.num_tiles, 1, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-            for (int64_t i = first; i < last; ++i) {
-                attend<float, T>(
-                    a, b.tiles[i], i + 1 < b.num_tiles ? b.tiles + i + 1 : nullptr,
-                    [&](int64_t row, int64_t head) INLINE_LAMBDA {
-                        return b.q + (row * d.heads + head) * d.dim;
-                    },
-                    [&](int64_t row, int64_t head, const float* acc, float factor) INLINE_LAMBDA {
-                        for (int64_t g = 0; g < d.dim / kGroup; ++g) {
-                            const float* at = acc + g * kGroup;
-                            quantize(b.attended, row, head * (d.dim / kGroup) + g, load(at) * factor,
-                                     load(at + kLanes) * factor);
-                        }
-                    });
-            }
+        walker.run_each(b.num_tiles, [&](int64_t i, int64_t next) INLINE_LAMBDA {
+            attend<float, T>(
+                a, b.tiles[i], next < b.num_tiles ? b.tiles + next : nullptr,
+                [&](int64_t row, int64_t head) INLINE_LAMBDA {
+                    return b.q + (row * d.heads + head) * d.dim;
+                },
+                [&](int64_t row, int64_t head, const float* acc, float factor) INLINE_LAMBDA {
+                    for (int64_t g = 0; g < d.dim / kGroup; ++g) {
+                        const float* at = acc + g * kGroup;
+                        quantize(b.attended, row, head * (d.dim / kGroup) + g, load(at) * factor,
+                                 load(at + kLanes) * factor);
+                    }
+                });
         });
         walker.run_each(d.hidden / kPanel, [&](int64_t panel, int64_t next) INLINE_LAMBDA {
             Upcoming upcoming(layer.out, next, 1, num_tokens);
