@@ -64,6 +64,18 @@ def gumbel(uniforms: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-uniforms))
 
 
+def winner(values: Tensor, seeds: Tensor, positions: Tensor, ids: Tensor, domain: int) -> Tensor:
+    """The place of the largest sum of value and Gumbel noise in each row [R, K], [R, 1] int64.
+
+    seeds and positions are [R], ids [R, K] or [1, K], int64. An entry of -inf never wins.
+    """
+    if values.is_cpu and (library := native.LIBRARY) is not None:
+        values = values.contiguous()
+        return library.winner(values, seeds.contiguous(), positions.contiguous(), ids, domain)
+    noise = gumbel(uniform(seeds.unsqueeze(1), positions.unsqueeze(1), ids, domain))
+    return (values + noise).argmax(dim=1, keepdim=True)
+
+
 def derive(seed: int, index: int) -> int:
     """The seed of choice `index` of a request with this seed, an int64.
 

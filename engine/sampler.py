@@ -37,7 +37,7 @@ from engine.numerics import (
     scan,
     scanned,
 )
-from engine.rng import Domain, gumbel, uniform
+from engine.rng import Domain, gumbel, uniform, winner
 from engine.strategies.base import Wants
 from engine.trace import RowTrace
 from engine.types import (
@@ -350,8 +350,7 @@ def _winner(
     logits: Tensor, candidates: Candidates, seeds: Tensor, positions: Tensor, domain: int
 ) -> Tensor:
     """Which candidate has the largest sum of logit and noise, [R, 1]."""
-    noise = uniform(seeds.unsqueeze(1), positions.unsqueeze(1), candidates.ids, domain)
-    return (logits + gumbel(noise)).argmax(dim=1, keepdim=True)
+    return winner(logits, seeds, positions, candidates.ids, domain)
 
 
 def _draw_more(candidates: Candidates, place: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -377,16 +376,13 @@ def draw_dense(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Te
 
     logits [R, V] float32; temperature [R]; seeds, positions [R] int64.
     """
-    seeds, positions = seeds.unsqueeze(1), positions.unsqueeze(1)
     _, mass, _ = block_masses(logits, temperature)
     ids = torch.arange(mass.shape[1], device=logits.device).unsqueeze(0)
-    noise = gumbel(uniform(seeds, positions, ids, Domain.BLOCK))
-    block = (mass.double().log_() + noise).argmax(dim=1, keepdim=True)
+    block = winner(mass.double().log_(), seeds, positions, ids, Domain.BLOCK)
     ids = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     valid = ids < logits.shape[1]
     inside = logits.gather(1, ids.clamp(max=logits.shape[1] - 1)) / temperature.unsqueeze(1)
-    noise = gumbel(uniform(seeds, positions, ids, Domain.TOKEN))
-    token = torch.where(valid, inside + noise, NEG_INF).argmax(dim=1, keepdim=True)
+    token = winner(torch.where(valid, inside, NEG_INF), seeds, positions, ids, Domain.TOKEN)
     return ids.gather(1, token).squeeze(1)
 
 

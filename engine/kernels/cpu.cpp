@@ -237,6 +237,20 @@ extern "C" void logitmill_hash(int64_t isa, const int64_t* seeds, const int64_t*
     WIDE(hash_keys, seeds, positions, ids, n, (uint32_t)domain, out);
 }
 
+// The place of the largest sum of value and Gumbel noise in each row [R, K]. The values are single
+// precision, or double with `doubles`; a row of ids begins `ids_stride` behind the one before.
+extern "C" void logitmill_winner(int64_t isa, const void* values, bool doubles, const int64_t* ids,
+                                 int64_t ids_stride, const int64_t* seeds, const int64_t* positions,
+                                 int64_t rows, int64_t k, int64_t domain, int64_t* place) {
+    if (doubles) {
+        WIDE(winner_rows, (const double*)values, ids, ids_stride, seeds, positions, rows, k,
+             (uint32_t)domain, place);
+    } else {
+        WIDE(winner_rows, (const float*)values, ids, ids_stride, seeds, positions, rows, k,
+             (uint32_t)domain, place);
+    }
+}
+
 // The k largest entries of each row, k <= V: largest first, equal ones by lowest id. No NaN.
 // If `temperature` is not null, also what `logitmill_summarise` finds.
 extern "C" void logitmill_select(int64_t isa, const Rows* rows, int64_t k, const float* temperature,

@@ -165,6 +165,7 @@ class Library:
             ("typical", None),
             ("bent", None),
             ("hash", None),
+            ("winner", None),
             ("pack", None),
         ):
             getattr(self._dll, f"logitmill_{name}").restype = returned
@@ -365,6 +366,29 @@ class Library:
             _address(out),
         )
         return out
+
+    def winner(
+        self, values: Tensor, seeds: Tensor, positions: Tensor, ids: Tensor, domain: int
+    ) -> Tensor:
+        """`engine.rng.winner` of values [R, K] float32 or float64.
+
+        seeds and positions are [R] int64, ids [R, K] int64; one row of them may stand for all.
+        """
+        assert ids.stride(1) == 1
+        place = torch.empty(len(values), 1, dtype=torch.int64)
+        self._dll.logitmill_winner(
+            self._isa,
+            _address(values),
+            ctypes.c_bool(values.dtype == torch.float64),
+            c_void_p(ids.data_ptr()),
+            c_int64(ids.stride(0) if len(ids) > 1 else 0),
+            _address(seeds),
+            _address(positions),
+            *_sizes(values),
+            c_int64(domain),
+            _address(place),
+        )
+        return place
 
     def select(self, logits: Tensor, k: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k largest entries of each row and their ids, [R, k]; equal ones by lowest id.

@@ -344,21 +344,43 @@ void cut_rows(const Rows& rows, const float* temperature, const float* floor) {
 
 INLINE uint32_t rotated(uint32_t x, int bits) { return x << bits | x >> (32 - bits); }
 
+INLINE uint32_t hash_key(int64_t seed, int64_t position, int64_t id, uint32_t domain) {
+    uint32_t h = domain;
+    for (uint32_t word : {(uint32_t)seed, (uint32_t)(seed >> 32), (uint32_t)position, (uint32_t)id}) {
+        h ^= rotated(word * 0xcc9e2d51u, 15) * 0x1b873593u;
+        h = rotated(h, 13) * 5 + 0xe6546b64u;
+    }
+    h ^= 16;  // the number of bytes hashed
+    h = (h ^ h >> 16) * 0x85ebca6bu;
+    h = (h ^ h >> 13) * 0xc2b2ae35u;
+    return h ^ h >> 16;
+}
+
 void hash_keys(const int64_t* seeds, const int64_t* positions, const int64_t* ids, int64_t n,
                uint32_t domain, int64_t* out) {
 #pragma omp parallel for if (n > 1 << 16)
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t words[] = {(uint32_t)seeds[i], (uint32_t)(seeds[i] >> 32),
-                                  (uint32_t)positions[i], (uint32_t)ids[i]};
-        uint32_t h = domain;
-        for (uint32_t word : words) {
-            h ^= rotated(word * 0xcc9e2d51u, 15) * 0x1b873593u;
-            h = rotated(h, 13) * 5 + 0xe6546b64u;
+    for (int64_t i = 0; i < n; ++i) out[i] = hash_key(seeds[i], positions[i], ids[i], domain);
+}
+
+// The place of the largest sum of value and Gumbel noise in each row of `values` [R, K], the first of
+// equal ones. What can no longer win is passed over: no noise is above 22.9.
+template <class T>
+void winner_rows(const T* values, const int64_t* ids, int64_t ids_stride, const int64_t* seeds,
+                 const int64_t* positions, int64_t rows, int64_t k, uint32_t domain, int64_t* place) {
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        double best = -INFINITY;
+        place[r] = 0;
+        for (int64_t i = 0; i < k; ++i) {
+            const double value = values[r * k + i];
+            if (!(value + 22.9 > best)) continue;
+            const uint32_t h = hash_key(seeds[r], positions[r], ids[r * ids_stride + i], domain);
+            const double noisy = value - std::log(-std::log1p(-(h + 0.5) * 0x1p-32));
+            if (noisy > best) {
+                best = noisy;
+                place[r] = i;
+            }
         }
-        h ^= 16;  // the number of bytes hashed
-        h = (h ^ h >> 16) * 0x85ebca6bu;
-        h = (h ^ h >> 13) * 0xc2b2ae35u;
-        out[i] = h ^ h >> 16;
     }
 }
 

@@ -11,6 +11,7 @@ from engine.logits.candidates import Candidates
 from engine.logits.tfs import _bent
 from engine.logits.typical_p import _typical
 from engine.numerics import NEG_INF
+from engine.rng import Domain, winner
 from tests.support.kernels import libraries
 from tests.support.logits import hard_rows, random_rows
 
@@ -118,3 +119,26 @@ def test_probabilities_are_those_of_float64(library: native.Library) -> None:
         library.probs(logits[5:6, :4], torch.full((1, 1), 4.0).double().log()),
         torch.full((1, 4), 0.25),
     )
+
+
+@LIBRARIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_entry_wins(
+    library: native.Library, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, width = 200, 301
+    generator = torch.Generator().manual_seed(5)
+    values = (random_rows(rows, width) * 3).to(dtype)
+    values[::2, 7:] = NEG_INF
+    values[5] = NEG_INF
+    seeds = torch.randint(-(1 << 62), 1 << 62, (rows,), generator=generator)
+    positions = torch.randint(0, 9000, (rows,), generator=generator)
+    ids = torch.randint(0, 200_000, (rows, width), generator=generator)
+    for its in (ids, ids[:1]):
+
+        def draw() -> tuple[Tensor, ...]:
+            return (winner(values, seeds, positions, its, Domain.EXTRA + 1),)  # noqa: B023
+
+        for got, want in both_ways(library, monkeypatch, draw):
+            assert torch.equal(got, want)
+            assert len(want.unique()) > 20
