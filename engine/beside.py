@@ -15,7 +15,7 @@ _LEAST_MASS = 1e-10
 _LARGEST = torch.finfo(torch.float32).max  # +inf counts as that
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A row of logits: of which sequence, and whose hidden state at which position it is.
 

@@ -1,8 +1,7 @@
 """The messages that cross between threads, and the two records the scheduler keeps.
 
-Messages pickle, and nobody changes one. Those that every row of every step has are not frozen:
-that would take four times as long to make. `Sequence` and `Group` are mutable and have one writer,
-the scheduler, on the engine thread.
+Messages are frozen and pickle. `Sequence` and `Group` are mutable and have one writer, the
+scheduler, on the engine thread.
 
 Letters in shapes, here and everywhere: T tokens of a step, S sequences of a step, R logits rows,
 V vocabulary, L lanes, B blocks per sequence, C context length, H hidden size.
@@ -145,7 +144,7 @@ class TokenTrace:
     layers: tuple[LayerTrace, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Token:
     """A generated or prompt token as the client sees it."""
 
@@ -166,7 +165,7 @@ class Candidate:
     perturbed: float = 0.0  # the logprob with Gumbel noise, where a strategy wants that
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is new of one choice of one request."""
 
@@ -331,7 +330,7 @@ class Group:
         return own + [seq.companion for seq in own if seq.companion is not None]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens [start, start + length) of a sequence, to be computed this step."""
 

@@ -25,7 +25,7 @@ class LayerCache:
     values: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """Where one sequence's tokens of this step are: [start, start + length) of its context."""
 

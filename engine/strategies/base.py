@@ -20,7 +20,7 @@ class Wants:
     coverage: bool = False  # how its attention is spread over the prompt
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """What a strategy sees of a step; entry i belongs to live sequence i.
 
@@ -38,7 +38,7 @@ class View:
     ends: Callable[[Sequence, Token], bool] = lambda _sequence, _token: False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Branch:
     """A parent and the tokens to append to it.
 
