@@ -1,7 +1,7 @@
 """What the engine knows of rows besides their logits: companions, earlier layers, attention."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ _LEAST_MASS = 1e-10
 _LARGEST = torch.finfo(torch.float32).max  # +inf counts as that
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A row of logits: of which sequence, and whose hidden state at which position it is.
 
     Copies of a prompt share the hidden state of the one that was computed.

@@ -435,7 +435,7 @@ def _through(token: Token, lens: tuple[LayerTrace, ...]) -> Token:
     """The token, its trace with what the lens has seen."""
     if token.trace is None:
         return token
-    return replace(token, trace=replace(token.trace, layers=lens))
+    return token._replace(trace=replace(token.trace, layers=lens))
 
 
 def _token_gaps(sequences: list[Sequence]) -> tuple[float, ...]:

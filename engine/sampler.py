@@ -317,7 +317,7 @@ def _token(
     trace: RowTrace | None,
 ) -> Token:
     token = Token(token_id, "") if top is None else Token(token_id, "", logprob, top)
-    return token if trace is None else replace(token, trace=trace.of(token_id))
+    return token if trace is None else token._replace(trace=trace.of(token_id))
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:

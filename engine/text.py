@@ -202,4 +202,4 @@ class Settled:
 
 
 def _with_text(token: Token, text: str) -> Token:
-    return Token(token.id, text, token.logprob, token.top, token.rank, token.trace)
+    return token._replace(text=text)

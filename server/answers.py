@@ -185,7 +185,7 @@ class CompletionChoices(Choices):
             text = "".join(pieces) + text
             if self.body.logprobs is not None:
                 echoed = zip(delta.prompt, pieces, strict=True)
-                tokens = [replace(token, text=self._own(token, piece)) for token, piece in echoed]
+                tokens = [token._replace(text=self._own(token, piece)) for token, piece in echoed]
                 tokens += delta.tokens
             else:
                 self._offsets[index] = len(text)

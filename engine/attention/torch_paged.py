@@ -7,6 +7,7 @@ nothing is repeated. Chunks of several tokens are attended to one sequence at a 
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,7 @@ class LayerCache:
     values: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where one sequence's tokens of this step are: [start, start + length) of its context."""
 
     start: int
