@@ -122,12 +122,14 @@ class Sampler:
         raw, raw_top, chosen = scanned(raw)
         rows = self._with_signals(raw, rows)
         shown = bool(self.reads_raw[rows.host_lanes].any())
-        logits = self.pipeline.transform(raw, rows, in_place=not shown)
+        logits, sound = raw, known_finite(raw_top)
         top = raw_top
         if self.pipeline.transformed(rows):
+            logits = self.pipeline.transform(raw, rows, in_place=not shown)
             top, chosen = scan(logits)
+            sound = sound and known_finite(top)
         valid: Tensor | None = None  # which rows have a number to draw from; None: all
-        if rows.beside is not None or not (known_finite(raw_top) and known_finite(top)):
+        if rows.beside is not None or not sound:
             chosen = torch.where(top == NEG_INF, NO_VALID_TOKEN, chosen)
             broken = raw_top.isnan()
             if rows.beside is not None:
@@ -336,7 +338,7 @@ def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:
     tailed = candidates.tail.nonzero().squeeze(1)
     if len(tailed) == len(seeds):
         return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
-    place = _winner(candidates.logits, candidates, seeds, positions, Domain.TOKEN)
+    place = winner(candidates.logits, seeds, positions, candidates.ids, Domain.TOKEN)
     if candidates.num_draws is not None and candidates.redrawn is not None:
         place = _draw_more(candidates, place, seeds, positions)
     tokens = candidates.ids.gather(1, place).squeeze(1)
@@ -346,13 +348,6 @@ def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:
     return tokens
 
 
-def _winner(
-    logits: Tensor, candidates: Candidates, seeds: Tensor, positions: Tensor, domain: int
-) -> Tensor:
-    """Which candidate has the largest sum of logit and noise, [R, 1]."""
-    return winner(logits, seeds, positions, candidates.ids, domain)
-
-
 def _draw_more(candidates: Candidates, place: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """Draw again where candidates ask for it; later draws have noise of their own."""
     logits = candidates.logits
@@ -360,12 +355,12 @@ def _draw_more(candidates: Candidates, place: Tensor, seeds: Tensor, positions: 
     assert counts is not None
     assert redrawn is not None
     for index in range(1, int(counts.max())):
-        other = _winner(logits, candidates, seeds, positions, Domain.EXTRA + index)
+        other = winner(logits, seeds, positions, candidates.ids, Domain.EXTRA + index)
         better = logits.gather(1, other) > logits.gather(1, place)
         place = torch.where(better & (counts > index).unsqueeze(1), other, place)
     if bool(redrawn.any()):
         without = logits.scatter(1, place, NEG_INF)
-        other = _winner(without, candidates, seeds, positions, Domain.EXTRA)
+        other = winner(without, seeds, positions, candidates.ids, Domain.EXTRA)
         left = (without > NEG_INF).any(1) & redrawn
         place = torch.where(left.unsqueeze(1), other, place)
     return place

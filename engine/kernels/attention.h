@@ -11,7 +11,7 @@
 constexpr int kChunk = 64;    // keys per softmax chunk
 constexpr int kQueries = 48;  // queries that share a pass over keys and values
 constexpr int kMaxDim = 256;
-constexpr int kManySpans = 4;  // for each thread
+constexpr int kManySpans = 4;  // for each thread: with so many, a task may be a whole row
 #if ISA >= 512
 constexpr int kWidth = 4;  // vectors that are accumulated at a time for each query
 #else

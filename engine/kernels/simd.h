@@ -100,6 +100,18 @@ INLINE float largest(Vec v) {
 // Adding this and taking it away again rounds to an integer, ties to even.
 constexpr float kRounder = 12582912.0f;
 
+// p · 2^n where x is above `least`, and 0 elsewhere.
+INLINE Vec times_power(Vec p, Vec n, Vec x, float least) {
+#if ISA >= 512
+    const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_GT_OQ);
+    return (Vec)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)n);
+#else
+    const IntVec alive = x > least;
+    const IntVec exponent = (__builtin_convertvector(alive ? n : splat(0), IntVec) + 127) << 23;
+    return alive ? p * (Vec)exponent : splat(0.0f);
+#endif
+}
+
 // exp for x <= 0, within 2 ulp; 0 below -87.
 INLINE Vec exp_negative(Vec x) {
     const Vec n = (x * 1.44269504f + kRounder) - kRounder;
@@ -112,14 +124,7 @@ INLINE Vec exp_negative(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-#if ISA >= 512
-    const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
-    return (Vec)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)n);
-#else
-    const IntVec alive = x > -87.0f;
-    const IntVec exponent = (__builtin_convertvector(alive ? n : splat(0), IntVec) + 127) << 23;
-    return alive ? p * (Vec)exponent : splat(0.0f);
-#endif
+    return times_power(p, n, x, -87.0f);
 }
 
 // 2^x for x <= 0, within 2 ulp; 0 below -126.
@@ -137,14 +142,7 @@ INLINE Vec exp2_negative(Vec x) {
     p = p * r + 2.40226477e-1f;
     p = p * r + 6.93147182e-1f;
     p = p * r + 1.0f;
-#if ISA >= 512
-    const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GT_OQ);
-    return (Vec)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)n);
-#else
-    const IntVec alive = x > -126.0f;
-    const IntVec exponent = (__builtin_convertvector(alive ? n : splat(0), IntVec) + 127) << 23;
-    return alive ? p * (Vec)exponent : splat(0.0f);
-#endif
+    return times_power(p, n, x, -126.0f);
 }
 
 // ln x for x > 0, within 2 ulp; below the smallest normal number, as of that one.

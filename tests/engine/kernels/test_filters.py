@@ -1,6 +1,7 @@
 """Passes over candidates, for each instruction set alike, against the torch they stand for."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,16 @@ def with_all(_: Candidates) -> None:
     pass
 
 
-def cases() -> Iterator[Callable[[], Candidates]]:
+def built(logits: Tensor, width: int, change: Callable[[Candidates], None]) -> Candidates:
+    candidates = Candidates(logits, width)
+    _ = candidates.ids
+    candidates.divide(torch.full((ROWS, 1), 0.7))
+    change(candidates)
+    _ = candidates.probs, candidates.alive
+    return candidates
+
+
+def cases() -> Iterator[Candidates]:
     """Rows with and without ties and bans, at several widths, after several other filters."""
     for vocab_size in (7, 40, 300, 5003):
         smooth = random_rows(ROWS, vocab_size)
@@ -46,15 +56,7 @@ def cases() -> Iterator[Callable[[], Candidates]]:
         for logits in (smooth, smooth.round(), (smooth * 4).round() / 4, banned, hard):
             for width in (3, 16, 256, 2048):
                 for change in (with_all, with_some_dropped, with_nine):
-
-                    def build() -> Candidates:
-                        candidates = Candidates(logits, width)  # noqa: B023
-                        _ = candidates.ids
-                        candidates.divide(torch.full((ROWS, 1), 0.7))
-                        change(candidates)  # noqa: B023
-                        return candidates
-
-                    yield build
+                    yield built(logits, width, change)
 
 
 def limits() -> Tensor:
@@ -66,12 +68,14 @@ def limits() -> Tensor:
 def both_ways(
     library: native.Library,
     monkeypatch: pytest.MonkeyPatch,
-    decide: Callable[[], tuple[Tensor, ...]],
+    decide: Callable[..., tuple[Tensor, ...]],
+    *args: Any,
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the kernels and torch decide, one tensor after the other."""
     monkeypatch.setattr(native, "LIBRARY", None)
-    wanted = decide()
+    wanted = decide(*args)
     monkeypatch.setattr(native, "LIBRARY", library)
-    yield from zip(decide(), wanted, strict=True)
+    yield from zip(decide(*args), wanted, strict=True)
 
 
 @LIBRARIES
@@ -79,12 +83,17 @@ def test_the_curve_is_cut_at_the_same_place(
     library: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = limits().double()
-    for build in cases():
-        candidates = build()
-        _ = candidates.probs, candidates.alive
-        for got, want in both_ways(library, monkeypatch, lambda: _bent(candidates, limit)):  # noqa: B023
+    for candidates in cases():
+        for got, want in both_ways(library, monkeypatch, _bent, candidates, limit):
             left = candidates.alive if got.shape[1] > 1 else torch.tensor(True)
             assert torch.equal(got & left, want & left)
+
+
+def typical(candidates: Candidates, limit: Tensor) -> tuple[Tensor, ...]:
+    total, entropy = candidates.total.float(), candidates.entropy.float()
+    keep, mass, farthest = _typical(candidates, total, entropy, limit)
+    # Where the limit is not reached, the farthest does not matter.
+    return keep & candidates.alive, mass, farthest.masked_fill(mass < limit, 0.0)
 
 
 @LIBRARIES
@@ -92,17 +101,8 @@ def test_the_same_tokens_are_typical(
     library: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = limits()
-    for build in cases():
-        candidates = build()
-        total, entropy = candidates.total.float(), candidates.entropy.float()
-        _ = candidates.probs
-
-        def decide() -> tuple[Tensor, ...]:
-            keep, mass, farthest = _typical(candidates, total, entropy, limit)  # noqa: B023
-            # Where the limit is not reached, the farthest does not matter.
-            return keep & candidates.alive, mass, farthest.masked_fill(mass < limit, 0.0)  # noqa: B023
-
-        for got, want in both_ways(library, monkeypatch, decide):
+    for candidates in cases():
+        for got, want in both_ways(library, monkeypatch, typical, candidates, limit):
             assert torch.equal(got, want)
 
 
@@ -135,10 +135,9 @@ def test_the_same_entry_wins(
     positions = torch.randint(0, 9000, (rows,), generator=generator)
     ids = torch.randint(0, 200_000, (rows, width), generator=generator)
     for its in (ids, ids[:1]):
-
-        def draw() -> tuple[Tensor, ...]:
-            return (winner(values, seeds, positions, its, Domain.EXTRA + 1),)  # noqa: B023
-
-        for got, want in both_ways(library, monkeypatch, draw):
-            assert torch.equal(got, want)
-            assert len(want.unique()) > 20
+        args = values, seeds, positions, its, Domain.EXTRA + 1
+        monkeypatch.setattr(native, "LIBRARY", library)
+        got = winner(*args)
+        monkeypatch.setattr(native, "LIBRARY", None)
+        assert torch.equal(got, winner(*args))
+        assert len(got.unique()) > 20
