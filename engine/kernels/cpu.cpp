@@ -18,6 +18,7 @@ static int omp_get_max_threads() { return 1; }
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -137,8 +138,8 @@ extern "C" void logitmill_forward(int64_t isa, const Step* step) { WIDE(forward,
 
 // out [R, N] float32 = x [R, K] float32 quantised, times w.
 extern "C" void logitmill_linear(int64_t isa, const Matrix* w, const float* x, int64_t num_rows,
-                                 float* out, uint8_t* scratch) {
-    WIDE(linear, *w, x, num_rows, out, scratch);
+                                 float* out) {
+    WIDE(linear, *w, x, num_rows, out);
 }
 
 // Copies the first tokens of cache blocks, in every tensor of the cache.

@@ -82,14 +82,7 @@ INLINE int64_t lay_out(const Decoder& d, const Attention& a, int64_t num_tokens,
     };
     auto floats = [&](int64_t width) INLINE_LAMBDA { return (float*)take(num_tokens * width * 4); };
     auto codes = [&](int64_t k) INLINE_LAMBDA {
-        Codes c;
-        c.q = (int8_t*)take(num_tokens * k);
-        c.scale = floats(k / kGroup);
-        c.total = floats(k / kGroup);
-        c.start = (int32_t*)floats(k / kGroup);
-        c.rows = num_tokens;
-        c.k = k;
-        return c;
+        return Codes{(CodeTile*)take(count_tiles(num_tokens, k) * sizeof(CodeTile)), k};
     };
     b.x = floats(d.hidden);
     b.q = floats(d.heads * d.dim);
@@ -350,16 +343,10 @@ void forward(const Step& s) {
 }
 
 // Quantise rows of x [T, K] and multiply them by w: out [T, N].
-void linear(const Matrix& w, const float* x, int64_t num_rows, float* out, uint8_t* scratch) {
+void linear(const Matrix& w, const float* x, int64_t num_rows, float* out) {
     if (num_rows == 0) return;
-    const int64_t count = num_rows * (w.k / kGroup);
-    Codes codes;
-    codes.q = (int8_t*)scratch;
-    codes.scale = (float*)(scratch + (num_rows * w.k + 63) / 64 * 64);
-    codes.total = codes.scale + count;
-    codes.start = (int32_t*)(codes.total + count);
-    codes.rows = num_rows;
-    codes.k = w.k;
+    const std::unique_ptr<CodeTile[]> tiles(new CodeTile[count_tiles(num_rows, w.k)]);
+    const Codes codes = {tiles.get(), w.k};
     for (int64_t row = 0; row < num_rows; ++row) {
         for (int64_t g = 0; g < groups(codes); ++g) {
             const float* at = x + row * w.k + g * kGroup;

@@ -187,15 +187,14 @@ class Library:
         """Run all layers of a decoder."""
         self._dll.logitmill_forward(self._isa, ctypes.byref(step))
 
-    def linear(self, matrix: Matrix, x: int, num_rows: int, out: int, scratch: int) -> None:
-        """Multiply rows by a matrix; x, out and scratch are addresses."""
+    def linear(self, matrix: Matrix, x: int, num_rows: int, out: int) -> None:
+        """Multiply rows by a matrix; x and out are addresses."""
         self._dll.logitmill_linear(
             self._isa,
             ctypes.byref(matrix),
             c_void_p(x),
             c_int64(num_rows),
             c_void_p(out),
-            c_void_p(scratch),
         )
 
     def copy_blocks(self, tensors: Sequence[Tensor], copies: Tensor) -> None:

@@ -17,15 +17,26 @@ constexpr int kTile = 4;  // rows that share a pass over a panel
 constexpr int64_t kGroupBytes4 = 512 + 128;
 constexpr int64_t kGroupBytes8 = 1024 + 128;
 
-// Quantised rows [T, K], a group of all rows behind another: threads that make different groups do not
-// write to the same cache lines.
-struct Codes {
-    int8_t* q;          // [K / 32, T, 32]
-    float* scale;       // [K / 32, T]
-    float* total;       // [K / 32, T]: scale · Σq
-    int32_t* start;     // [K / 32, T]: -128 · Σq
-    int64_t rows, k;
+// A group of a few quantised rows, in cache lines of its own: threads that make different groups, or
+// different rows, do not write to the same ones.
+struct alignas(64) CodeTile {
+    int8_t q[kTile][kGroup];
+    float scale[kTile];
+    float total[kTile];   // scale · Σq
+    int32_t start[kTile];  // -128 · Σq
 };
+
+// Quantised rows [T, K].
+struct Codes {
+    CodeTile* tiles;  // [T / 4, K / 32]
+    int64_t k;
+
+    INLINE CodeTile& at(int64_t row, int64_t group) const {
+        return tiles[row / kTile * (k / kGroup) + group];
+    }
+};
+
+INLINE int64_t count_tiles(int64_t rows, int64_t k) { return (rows + kTile - 1) / kTile * (k / kGroup); }
 
 INLINE int64_t groups(const Codes& x) { return x.k / kGroup; }
 
@@ -38,12 +49,13 @@ INLINE void quantize(const Codes& x, int64_t row, int64_t group, Vec a, Vec b) {
     const IntVec qb = __builtin_convertvector((b * inverse + kRounder) - kRounder, IntVec);
     const SmallVec small[2] = {__builtin_convertvector(qa, SmallVec),
                                __builtin_convertvector(qb, SmallVec)};
-    const int64_t at = group * x.rows + row;
-    std::memcpy(x.q + at * kGroup, small, sizeof small);
+    CodeTile& tile = x.at(row, group);
+    const int64_t r = row % kTile;
+    std::memcpy(tile.q[r], small, sizeof small);
     const float sum_of_codes = sum(__builtin_convertvector(qa + qb, Vec));  // exact
-    x.scale[at] = scale;
-    x.total[at] = scale * sum_of_codes;
-    x.start[at] = -128 * (int32_t)sum_of_codes;
+    tile.scale[r] = scale;
+    tile.total[r] = scale * sum_of_codes;
+    tile.start[r] = -128 * (int32_t)sum_of_codes;
 }
 
 // acc + the dot products of each lane's four codes with four activations.
@@ -108,20 +120,19 @@ struct Upcoming {
     }
 };
 
-// R rows from `row` on times P halves of a panel, `half` and those behind it.
+// R rows of a tile, from `first` on, times P halves of a panel, `half` and those behind it.
 template <int BITS, int R, int P>
-INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row, Vec (*out)[kHalves],
-                     Upcoming& upcoming) {
-    const int64_t num_groups = groups(x);
+INLINE void multiply(const uint8_t* panel, int half, const CodeTile* x, int64_t num_groups, int first,
+                     Vec (*out)[kHalves], Upcoming& upcoming) {
     Vec acc[R][P] = {};
-    for (int64_t g = 0; g < num_groups; ++g) {
-        const int64_t its = g * x.rows + row;
-        const int8_t* q = x.q + its * kGroup;
+    for (const CodeTile* end = x + num_groups; x < end; ++x) {
+        const int8_t* q = x->q[first];
+        const float *scale = x->scale + first, *total = x->total + first;
         upcoming.ask();
         IntVec sums[R][P] = {};
         if (BITS == 8) {
             for (int r = 0; r < R; ++r)
-                for (int p = 0; p < P; ++p) sums[r][p] += x.start[its + r];
+                for (int p = 0; p < P; ++p) sums[r][p] += x->start[first + r];
         }
 #pragma GCC unroll 8
         for (int quad = 0; quad < 8; ++quad) {
@@ -141,11 +152,11 @@ INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row
             const Vec d = BITS == 4 ? load_half((const uint16_t*)(panel + 512) + at)
                                     : load((const float*)(panel + 1024) + at);
             for (int r = 0; r < R; ++r) {
-                acc[r][p] += __builtin_convertvector(sums[r][p], Vec) * (d * x.scale[its + r]);
+                acc[r][p] += __builtin_convertvector(sums[r][p], Vec) * (d * scale[r]);
             }
             if (BITS == 4) {
                 const Vec m = load_half((const uint16_t*)(panel + 512 + 64) + at);
-                for (int r = 0; r < R; ++r) acc[r][p] += m * x.total[its + r];
+                for (int r = 0; r < R; ++r) acc[r][p] += m * total[r];
             }
         }
         panel += BITS == 4 ? kGroupBytes4 : kGroupBytes8;
@@ -155,22 +166,23 @@ INLINE void multiply(const uint8_t* panel, int half, const Codes& x, int64_t row
 }
 
 template <int BITS, int R>
-INLINE void multiply(const uint8_t* panel, const Codes& x, int64_t row, Vec (*out)[kHalves],
-                     Upcoming& upcoming) {
+INLINE void multiply(const uint8_t* panel, const CodeTile* x, int64_t num_groups, int first,
+                     Vec (*out)[kHalves], Upcoming& upcoming) {
     constexpr int kTogether = ISA >= 512 ? kHalves : 1;  // as there are registers for
     for (int half = 0; half < kHalves; half += kTogether)
-        multiply<BITS, R, kTogether>(panel, half, x, row, out, upcoming);
+        multiply<BITS, R, kTogether>(panel, half, x, num_groups, first, out, upcoming);
 }
 
-// `count` rows (up to kTile) times one panel, plus its biases.
+// `count` rows (up to kTile) of the tile that `row` begins, times one panel, plus its biases.
 void multiply(const Matrix& w, int64_t panel, const Codes& x, int64_t row, int count,
               Vec (*out)[kHalves], Upcoming& upcoming) {
     const uint8_t* at = w.panels + panel * panel_bytes(w);
+    const CodeTile* tiles = &x.at(row, 0);
     int r = 0;
-#define ROWS(R)                                                          \
-    for (; r + R <= count; r += R) {                                     \
-        if (w.bits == 4) multiply<4, R>(at, x, row + r, out + r, upcoming); \
-        else multiply<8, R>(at, x, row + r, out + r, upcoming);          \
+#define ROWS(R)                                                                        \
+    for (; r + R <= count; r += R) {                                                   \
+        if (w.bits == 4) multiply<4, R>(at, tiles, groups(x), r, out + r, upcoming);   \
+        else multiply<8, R>(at, tiles, groups(x), r, out + r, upcoming);               \
     }
     ROWS(4)
     ROWS(2)

@@ -99,10 +99,7 @@ class QuantizedLinear:
         """[..., K] to [..., N], in x's type."""
         rows = x.reshape(-1, self.in_features).float().contiguous()
         out = rows.new_empty(len(rows), self.out_features)
-        space = torch.empty(len(rows) * (self.in_features + self.in_features // 4 + 64) + 128)
-        self._library.linear(
-            self.matrix, rows.data_ptr(), len(rows), out.data_ptr(), space.data_ptr()
-        )
+        self._library.linear(self.matrix, rows.data_ptr(), len(rows), out.data_ptr())
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
