@@ -36,9 +36,9 @@ from benchmarks import models
 from engine.config import LogprobsMode
 from engine.kernels.native import CHOICES
 from engine.lanes import Lanes
-from engine.load import keep_freed_memory
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
+from engine.memory import keep_freed_memory
 from engine.params import SamplingParams
 from engine.prepare import Output
 from engine.sampler import Sampler

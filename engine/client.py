@@ -255,9 +255,11 @@ class AsyncEngine:
         call = self._loop.call_soon_threadsafe
         while True:
             try:
-                message = self._inbox.get(block=not core.has_work)
+                message = self._inbox.get(block=not (core.has_work or core.idle()))
             except queue.Empty:
-                return True
+                if core.has_work:
+                    return True
+                continue
             if isinstance(message, _Stop):
                 return False
             if isinstance(message, Request):

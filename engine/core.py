@@ -115,6 +115,10 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def idle(self) -> bool:
+        """Use a moment without work to prepare for more; False if nothing is left to prepare."""
+        return any(runner.back_cache() for runner in self.runners)
+
     def _sequence(self, request: Request, index: int) -> Sequence:
         detokenizer = Detokenizer(self.tokenizer, request.skip_special_tokens)
         detokenizer.prime(request.prompt_ids)

@@ -1,6 +1,5 @@
 """From a configuration to an engine that runs."""
 
-import ctypes
 import json
 import logging
 import time
@@ -12,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable
+from engine.memory import keep_freed_memory
 from engine.models.base import Model
 from engine.models.load import choose_dtype, load_config, load_model
 from engine.prepare import ModelInfo
@@ -107,18 +107,6 @@ def load_engine(
         time.monotonic() - started,
     )
     return core, info
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed, here for the same megabytes of logits each step.
-
-    By default it gives large blocks back at once, and every page of the next one faults. Where
-    there is another malloc, nothing is done.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(ctypes.c_int(mmap_threshold), ctypes.c_int(1 << 30))
-        mallopt(ctypes.c_int(trim_threshold), ctypes.c_int(1 << 30))
 
 
 def _load_amateur(

@@ -1,6 +1,7 @@
 """Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
 
 import os
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from engine.attention.torch_paged import LayerCache, Span
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
 from engine.kernels import native
+from engine.memory import back
 from engine.models.base import ForwardInput, Model, Probe
 from engine.numerics import integers
 from engine.probing import Probed
@@ -67,6 +69,18 @@ class Runner:
             )
             for shape in model.kv_shapes
         ]
+        self._parts = _parts(self.cache) if device == "cpu" else iter(())
+
+    def back_cache(self) -> bool:
+        """Have a little more of the cache in memory before it is needed; False if that is done.
+
+        Up to the cache's first GiB: what has never been used costs nobody memory.
+        """
+        part = next(self._parts, None)
+        if part is None:
+            return False
+        back(*part)
+        return True
 
     def forward(self, plan: Plan) -> Forwarded | None:
         """Compute the plan's tokens for this model; None if there are none."""
@@ -196,6 +210,15 @@ def _first_rows(chunks: list[Chunk]) -> dict[int, int]:
         rows[id(chunk.sequence)] = row
         row += chunk.length
     return rows
+
+
+def _parts(cache: Seq[LayerCache]) -> Iterator[tuple[Tensor, int, int]]:
+    """Tensors, from where, and how many bytes: the first blocks of all first, 4 MiB a part."""
+    size = 4 << 20
+    tensors = [tensor for layer in cache for tensor in (layer.keys, layer.values)]
+    for start in range(0, (1 << 30) // max(len(tensors), 1), size):
+        for tensor in tensors:
+            yield tensor, start, min(size, tensor.nbytes - start)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -1,5 +1,7 @@
 """A plan becomes tensors, copies and rows; the cache is as large as the memory granted."""
 
+import ctypes
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,32 @@ def test_single_tokens_come_first_and_rows_are_found_by_sequence(tokenizer: Toke
     assert model.inputs.positions.tolist() == [2, 7, 0, 1, 2, 4, 5]
     assert [first_rows[id(one.sequence)] for one in chunks] == [2, 1, 5, 0]
     assert hidden[:, 0].tolist() == model.inputs.token_ids.tolist()
+
+
+def num_resident(tensor: torch.Tensor) -> int:
+    """How many of the pages that lie within a tensor are in memory."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.nbytes // mmap.PAGESIZE * mmap.PAGESIZE - mmap.PAGESIZE
+    pages = (ctypes.c_ubyte * (length // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), pages) == 0
+    return sum(page & 1 for page in pages)
+
+
+def test_the_caches_memory_is_there_before_it_is_needed_and_as_it_was(tokenizer: Tokenizer) -> None:
+    one = Runner(Recorder(), 1 << 16, 16, "cpu")
+    keys, values = one.cache[0].keys, one.cache[0].values
+    one.forward(Plan([chunk(tokenizer, 0, 6, [5, 2])], []))
+    written = keys[:8].clone()
+    before = num_resident(keys)
+    assert before < keys.nbytes // mmap.PAGESIZE / 2
+    assert one.back_cache()
+    assert num_resident(keys) > before
+    while one.back_cache():
+        pass
+    for tensor in (keys, values):
+        assert num_resident(tensor) == tensor.nbytes // mmap.PAGESIZE - 1
+    assert torch.equal(keys[:8], written)
+    assert not keys[8:].any()
 
 
 def test_keys_are_written_where_the_block_table_says(tokenizer: Tokenizer) -> None:
