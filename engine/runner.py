@@ -105,9 +105,20 @@ class Runner:
             ),
             None if probed is None else probed.probe,
             *self._thoughts(chunks, first_rows),
+            self._read(chunks, first_rows) if probed is None else None,
         )
         hidden = self.model.forward(inputs, self.cache, self.attention)
         return Forwarded(hidden, first_rows, last_rows, probed)
+
+    def _read(self, chunks: list[Chunk], first_rows: dict[int, int]) -> Tensor | None:
+        """The tokens whose hidden states somebody looks at [n], or None if nearly all are."""
+        if all(chunk.length == 1 for chunk in chunks):
+            return None
+        rows: list[int] = []
+        for chunk in chunks:
+            last = first_rows[id(chunk.sequence)] + chunk.length
+            rows += range(last - (chunk.length if chunk.group.reads_prompt else 1), last)
+        return self._tensor(rows)
 
     def _thoughts(
         self, chunks: list[Chunk], first_rows: dict[int, int]

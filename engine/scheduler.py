@@ -271,9 +271,7 @@ class Scheduler:
 
     def _cached(self, group: Group, sequence: Sequence) -> list[int]:
         """Cached blocks of a sequence's beginning; its last token is always computed."""
-        request = group.request
-        looked_at = request.prompt_logprobs is not None or request.explained
-        if not self.prefix_cache or looked_at or group.strategy.wants.hidden:
+        if not self.prefix_cache or group.reads_prompt:
             return []  # what is cached has no hidden states
         pool = self.pools[sequence.model]
         # What a thought becomes the input of is only known where it is computed.

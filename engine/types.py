@@ -311,6 +311,16 @@ class Group:
         return len(self.live[0].thoughts) < self.request.num_thoughts
 
     @property
+    def reads_prompt(self) -> bool:
+        """Does it look at the hidden states of its prompt, beside those of the last token?"""
+        request = self.request
+        return (
+            request.prompt_logprobs is not None
+            or bool(request.explained)
+            or self.strategy.wants.hidden
+        )
+
+    @property
     def to_compute(self) -> list[Sequence]:
         """The live sequences to run, and their companions.
 

@@ -69,6 +69,7 @@ struct Buffers {
     Tile* tiles;
     int64_t num_tiles;
     int64_t* place;  // [T]: where the first head's key and value go
+    bool* read;      // [T / 4]: does somebody read a hidden state of these rows?
     Phase* phases;
 };
 
@@ -94,6 +95,7 @@ INLINE int64_t lay_out(const Decoder& d, const Attention& a, int64_t num_tokens,
     b.num_tiles = make_tiles(a, nullptr);
     b.tiles = (Tile*)take(b.num_tiles * sizeof(Tile));
     b.place = (int64_t*)take(num_tokens * 8);
+    b.read = (bool*)take((num_tokens + kTile - 1) / kTile);
     used = (used + 127) / 128 * 128;
     b.phases = (Phase*)take(count_phases(d) * sizeof(Phase));
     return used;
@@ -132,11 +134,25 @@ INLINE void norm_and_rotate(const Decoder& d, float* head, const float* norm, co
     }
 }
 
+// The rows that a layer computes, by tiles of four: all but in the last layer.
+struct Needed {
+    const bool* read;  // null: all
+
+    INLINE bool has(int64_t row) const { return !read || read[row / kTile]; }
+
+    INLINE bool has_any(int64_t first, int64_t last) const {
+        for (int64_t row = first / kTile * kTile; row < last; row += kTile)
+            if (has(row)) return true;
+        return false;
+    }
+};
+
 // x += w · codes, over a panel.
-INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, float* x, int64_t panel,
-                        Upcoming& upcoming) {
+INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, Needed needed, float* x,
+                        int64_t panel, Upcoming& upcoming) {
     Vec out[kTile][kHalves];
     for (int64_t row = 0; row < num_tokens; row += kTile) {
+        if (!needed.has(row)) continue;
         const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
         multiply(w, panel, in, row, count, out, upcoming);
         for (int r = 0; r < count; ++r) {
@@ -150,14 +166,15 @@ INLINE void add_product(const Matrix& w, const Codes& in, int64_t num_tokens, fl
 // Queries, keys or values of one head for some tokens: product, norm, rotation; keys and values go to
 // the cache.
 template <class T>
-INLINE void project(const Step& s, const Layer& layer, const Buffers& b, int64_t head, int64_t first,
-                    int64_t last, Upcoming& upcoming) {
+INLINE void project(const Step& s, const Layer& layer, const Buffers& b, Needed needed, int64_t head,
+                    int64_t first, int64_t last, Upcoming& upcoming) {
     const Decoder& d = *s.decoder;
     const int64_t panels = d.dim / kPanel;
     const bool is_query = head < d.heads, is_key = !is_query && head < d.heads + d.kv_heads;
     alignas(64) float rows[kTile][kMaxDim];
     Vec out[kTile][kHalves];
     for (int64_t row = first; row < last; row += kTile) {
+        if (is_query && !needed.has(row)) continue;
         const int count = (int)smaller<int64_t>(kTile, last - row);
         for (int64_t panel = 0; panel < panels; ++panel) {
             multiply(layer.qkv, head * panels + panel, b.normed, row, count, out, upcoming);
@@ -190,11 +207,12 @@ INLINE void project(const Step& s, const Layer& layer, const Buffers& b, int64_t
 
 // A panel of gate and one of up: one group of the inner activations.
 static_assert(kPanel == kGroup, "a panel of outputs makes a group of inputs");
-INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, int64_t group,
+INLINE void gate(const Layer& layer, const Buffers& b, int64_t num_tokens, Needed needed, int64_t group,
                  Upcoming& next_gates, Upcoming& next_ups) {
     const int64_t up = layer.gate_up.n / 2 / kPanel + group;
     Vec gates[kTile][kHalves], ups[kTile][kHalves];
     for (int64_t row = 0; row < num_tokens; row += kTile) {
+        if (!needed.has(row)) continue;
         const int count = (int)smaller<int64_t>(kTile, num_tokens - row);
         multiply(layer.gate_up, group, b.normed, row, count, gates, next_gates);
         multiply(layer.gate_up, up, b.normed, row, count, ups, next_ups);
@@ -251,9 +269,10 @@ void run_layers(const Step& s, const Buffers& b) {
     });
     for (int64_t l = 0; l < d.num_layers; ++l) {
         const Layer& layer = d.layers[l];
+        const Needed needed = {l + 1 < d.num_layers ? nullptr : b.read};
         const Attention a = {layer.keys, layer.values, s.spans, s.blocks, s.num_spans, d.heads,
                              d.kv_heads, d.dim, d.dim, d.block_size, layer.window, d.scale};
-        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        walker.run(num_tokens, kTile, [&](int64_t first, int64_t last) INLINE_LAMBDA {
             for (int64_t t = first; t < last; ++t) {
                 probe(s, l, t, b.x + t * d.hidden);
                 norm_and_quantize(b.x + t * d.hidden, layer.attention_norm, d.eps, b.normed, t);
@@ -266,9 +285,11 @@ void run_layers(const Step& s, const Buffers& b) {
             Upcoming upcoming(layer.qkv, next / parts * (d.dim / kPanel), d.dim / kPanel,
                               smaller(size, num_tokens));
             const int64_t first = task % parts * size;
-            project<T>(s, layer, b, task / parts, first, smaller(first + size, num_tokens), upcoming);
+            project<T>(s, layer, b, needed, task / parts, first, smaller(first + size, num_tokens), upcoming);
         });
         walker.run_each(b.num_tiles, [&](int64_t i, int64_t next) INLINE_LAMBDA {
+            const int64_t first_row = b.tiles[i].span->first_row + b.tiles[i].first;
+            if (!needed.has_any(first_row, first_row + b.tiles[i].count)) return;
             attend<float, T>(
                 a, b.tiles[i], next < b.num_tiles ? b.tiles + next : nullptr,
                 [&](int64_t row, int64_t head) INLINE_LAMBDA {
@@ -284,25 +305,25 @@ void run_layers(const Step& s, const Buffers& b) {
         });
         walker.run_each(d.hidden / kPanel, [&](int64_t panel, int64_t next) INLINE_LAMBDA {
             Upcoming upcoming(layer.out, next, 1, num_tokens);
-            add_product(layer.out, b.attended, num_tokens, b.x, panel, upcoming);
+            add_product(layer.out, b.attended, num_tokens, needed, b.x, panel, upcoming);
         });
-        walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-            for (int64_t t = first; t < last; ++t)
+        walker.run(num_tokens, kTile, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+            for (int64_t t = first; t < last && needed.has(t); ++t)
                 norm_and_quantize(b.x + t * d.hidden, layer.mlp_norm, d.eps, b.normed, t);
         });
         walker.run_each(d.inner / kGroup, [&](int64_t group, int64_t next) INLINE_LAMBDA {
             const int64_t count = d.inner / kPanel;  // of panels of gates, before those of up
             Upcoming gates(layer.gate_up, next < count ? next : 2 * count, 1, num_tokens);
             Upcoming ups(layer.gate_up, count + next, 1, num_tokens);
-            gate(layer, b, num_tokens, group, gates, ups);
+            gate(layer, b, num_tokens, needed, group, gates, ups);
         });
         walker.run_each(d.hidden / kPanel, [&](int64_t panel, int64_t next) INLINE_LAMBDA {
             Upcoming upcoming(layer.down, next, 1, num_tokens);
-            add_product(layer.down, b.inner, num_tokens, b.x, panel, upcoming);
+            add_product(layer.down, b.inner, num_tokens, needed, b.x, panel, upcoming);
         });
     }
-    walker.run(num_tokens, 4, [&](int64_t first, int64_t last) INLINE_LAMBDA {
-        for (int64_t t = first; t < last; ++t) {
+    walker.run(num_tokens, kTile, [&](int64_t first, int64_t last) INLINE_LAMBDA {
+        for (int64_t t = first; t < last && b.read[t / kTile]; ++t) {
             const float* x = b.x + t * d.hidden;
             probe(s, d.num_layers, t, x);
             const float factor = root_mean_square(x, d.hidden, d.eps);
@@ -334,6 +355,8 @@ void forward(const Step& s) {
         for (int64_t row = 0; row < span.num_rows; ++row)
             b.place[span.first_row + row] = slot(a, span, 0, span.start + row);
     }
+    std::memset(b.read, !s.read, (s.num_tokens + kTile - 1) / kTile);
+    for (int64_t i = 0; s.read && i < s.num_read; ++i) b.read[s.read[i] / kTile] = true;
     for (int64_t i = 0; i < count_phases(d); ++i) new (b.phases + i) Phase;
 #pragma omp parallel
     {

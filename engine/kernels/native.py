@@ -135,6 +135,8 @@ class Step(Structure):
         ("queries", c_void_p),
         ("replaced", c_void_p),
         ("inputs", c_void_p),
+        ("read", c_void_p),
+        ("num_read", c_int64),
     )
 
 

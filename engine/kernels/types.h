@@ -97,4 +97,8 @@ struct Step {
     // Inputs that take the place of embeddings.
     const int64_t* replaced;  // [T]: which of `inputs` a token has, or -1; null: none
     const float* inputs;      // [m, H]
+    // The tokens whose hidden states somebody reads; null: all. The others end with the last layer's
+    // keys and values, and what `hidden` holds for them means nothing.
+    const int64_t* read;
+    int64_t num_read;
 };

@@ -52,7 +52,8 @@ class Probe:
 class ForwardInput:
     """One step's tokens, [T] int64 each, and how they attend. Made by the runner, read by all.
 
-    `replaced` [m] int64 are tokens whose embeddings `inputs` [m, H] take the place of.
+    `replaced` [m] int64 are tokens whose embeddings `inputs` [m, H] take the place of. `read` [n]
+    int64 are the tokens whose hidden states somebody looks at; None: all.
     """
 
     token_ids: Tensor
@@ -61,6 +62,7 @@ class ForwardInput:
     probe: Probe | None = None
     replaced: Tensor | None = None
     inputs: Tensor | None = None
+    read: Tensor | None = None
 
 
 class Model(Protocol):
@@ -75,7 +77,7 @@ class Model(Protocol):
     def forward(
         self, inputs: ForwardInput, cache: list[LayerCache], attention: Attention
     ) -> Tensor:
-        """The final hidden states, [T, H]."""
+        """The final hidden states, [T, H]; what stands for tokens nobody reads means nothing."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

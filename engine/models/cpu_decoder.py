@@ -100,6 +100,8 @@ class CpuDecoder:
             num_spans=len(inputs.attention.spans),
             hidden=hidden.data_ptr(),
         )
+        if inputs.read is not None:
+            step.read, step.num_read = inputs.read.data_ptr(), len(inputs.read)
         pointed_to = [self._probe(step, inputs), self._replace(step, inputs)]
         needed = self._library.scratch_bytes(step)
         if len(self._scratch) < needed:

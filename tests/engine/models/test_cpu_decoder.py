@@ -19,7 +19,7 @@ from engine.models.weights import GROUPS_FILE, Weights
 from tests.support import tiny
 from tests.support.engines import request, run, tiny_core
 from tests.support.kernels import libraries
-from tests.support.packed import packed_logits
+from tests.support.packed import packed_logits, packed_states
 
 PROMPTS = [
     [(index * step + 5) % 120 + 3 for index in range(length)]
@@ -110,6 +110,22 @@ def test_a_sequence_has_the_same_bits_alone_and_packed(
     for ids, want in zip(PROMPTS, together, strict=True):
         (alone,) = packed_logits(model, [ids])
         assert torch.equal(alone, want)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_what_nobody_reads_changes_nothing_that_is_read(
+    family: str, library: native.Library, tmp_path: Path
+) -> None:
+    model = loaded(tiny.save(hf_model(family), tmp_path), library, torch.bfloat16)
+    want, kept = packed_states(model, PROMPTS)
+    ends = torch.tensor([len(ids) for ids in PROMPTS]).cumsum(0) - 1
+    for rows in (ends, torch.tensor([3]), torch.arange(8, 40), torch.arange(len(want))):
+        got, cache = packed_states(model, PROMPTS, read=rows)
+        assert torch.equal(got[rows], want[rows])
+        for one, other in zip(cache, kept, strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-sliding"])
