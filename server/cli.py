@@ -1,6 +1,7 @@
 """The command: `logitmill serve` and `logitmill pull`, the same as `python -m server`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _import_serve() -> Callable[[Settings], int]:
     """Imported only now: torch takes seconds."""
+    # Between the parts of a step OpenMP's threads look out for work for a quarter of a millisecond,
+    # then sleep. By default they go on so long that HTTP never has a core to itself.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         from server.run import serve
     except ValueError as error:  # a variable that is read on import

@@ -1,6 +1,7 @@
 """The command: what it takes, what it says, how it exits."""
 
 import logging
+import os
 import re
 import runpy
 import subprocess
@@ -172,3 +173,16 @@ def test_parsing_options_loads_no_model_code() -> None:
     program = "import sys, server.cli; server.cli._parser(); assert 'torch' not in sys.modules"
 
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("own", "want"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_without_work_soon_sleep(own: dict[str, str], want: str) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from server import cli; cli._import_serve()"],
+        env=env | own | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{want}'" in done.stderr
