@@ -159,14 +159,15 @@ class Scheduler:
 
         Sleepers' blocks are only kept while nobody needs them.
         """
-        if not self._fit(chunks):
+        writers = [chunk for chunk in chunks if not self._has_room(chunk)]
+        if not self._fit(writers):
             for sequence in group.asleep:
                 self._free(sequence)
                 if sequence.companion is not None:
                     self._free(sequence.companion)
-            if not self._fit(chunks):
+            if not self._fit(writers):
                 return False
-        for chunk in chunks:
+        for chunk in writers:
             pool, table = self.pools[chunk.sequence.model], chunk.sequence.block_table
             index = chunk.start // pool.block_size
             if index < len(table) and pool.refs[table[index]] > 1:
@@ -178,6 +179,13 @@ class Scheduler:
             table += pool.take(pool.blocks_for(chunk.end) - len(table))
         plan.chunks.extend(chunks)
         return True
+
+    def _has_room(self, chunk: Chunk) -> bool:
+        """Does it write to blocks that its sequence has, and has for itself?"""
+        pool, table = self.pools[chunk.sequence.model], chunk.sequence.block_table
+        if chunk.end > len(table) * pool.block_size:
+            return False
+        return pool.refs[table[chunk.start // pool.block_size]] == 1
 
     def _fit(self, chunks: Iterable[Chunk]) -> bool:
         """Are there blocks for all of these?
@@ -369,6 +377,10 @@ class Scheduler:
             raise ValueError("the strategy lets every sequence sleep")
         if not live and not group.finished:
             raise ValueError("the strategy dropped every sequence")
+        if live == group.live and not group.asleep and not reseeded:
+            for sequence in live:  # all go on as they are
+                self._note_appended(sequence, starts[id(sequence)])
+            return
         awake = {id(sequence) for sequence in live}
         newcomers: list[tuple[Sequence, int]] = []  # who need a lane, and whose to copy, or -1
         for parent in parents:
