@@ -105,20 +105,10 @@ class Runner:
             ),
             None if probed is None else probed.probe,
             *self._thoughts(chunks, first_rows),
-            self._read(chunks, first_rows) if probed is None else None,
+            _read(chunks, first_rows, last_rows) if probed is None else None,
         )
         hidden = self.model.forward(inputs, self.cache, self.attention)
         return Forwarded(hidden, first_rows, last_rows, probed)
-
-    def _read(self, chunks: list[Chunk], first_rows: dict[int, int]) -> Tensor | None:
-        """The tokens whose hidden states somebody looks at [n], or None if nearly all are."""
-        if all(chunk.length == 1 for chunk in chunks):
-            return None
-        rows: list[int] = []
-        for chunk in chunks:
-            last = first_rows[id(chunk.sequence)] + chunk.length
-            rows += range(last - (chunk.length if chunk.group.reads_prompt else 1), last)
-        return self._tensor(rows)
 
     def _thoughts(
         self, chunks: list[Chunk], first_rows: dict[int, int]
@@ -223,13 +213,27 @@ def _first_rows(chunks: list[Chunk]) -> dict[int, int]:
     return rows
 
 
+def _read(
+    chunks: list[Chunk], first_rows: dict[int, int], last_rows: dict[int, int]
+) -> Tensor | None:
+    """The tokens whose hidden states somebody looks at [n], on the CPU; None if each is one."""
+    if chunks[-1].length == 1:  # single tokens come first
+        return None
+    rows: list[int] = []
+    for chunk in chunks:
+        last = last_rows[id(chunk.sequence)]
+        first = first_rows[id(chunk.sequence)] if chunk.group.reads_prompt else last
+        rows += range(first, last + 1)
+    return integers(rows)
+
+
 def _parts(cache: Seq[LayerCache]) -> Iterator[tuple[Tensor, int, int]]:
     """Tensors, from where, and how many bytes: the first blocks of all first, 4 MiB a part."""
     size = 4 << 20
     tensors = [tensor for layer in cache for tensor in (layer.keys, layer.values)]
-    for start in range(0, (1 << 30) // max(len(tensors), 1), size):
+    for start in range(0, end := (1 << 30) // max(len(tensors), 1), size):
         for tensor in tensors:
-            yield tensor, start, min(size, tensor.nbytes - start)
+            yield tensor, start, min(size, end - start, tensor.nbytes - start)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

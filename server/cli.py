@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _import_serve() -> Callable[[Settings], int]:
     """Imported only now: torch takes seconds."""
-    # Between the parts of a step OpenMP's threads look out for work for a quarter of a millisecond,
+    # Between the parts of a step OpenMP's threads look out for work for half a millisecond,
     # then sleep. By default they go on so long that HTTP never has a core to itself.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:

@@ -134,7 +134,7 @@ INLINE void norm_and_rotate(const Decoder& d, float* head, const float* norm, co
     }
 }
 
-// The rows that a layer computes, by tiles of four: all but in the last layer.
+// The rows that a layer computes, by tiles of four: in the last one those that are read, else all.
 struct Needed {
     const bool* read;  // null: all
 

@@ -53,7 +53,7 @@ class ForwardInput:
     """One step's tokens, [T] int64 each, and how they attend. Made by the runner, read by all.
 
     `replaced` [m] int64 are tokens whose embeddings `inputs` [m, H] take the place of. `read` [n]
-    int64 are the tokens whose hidden states somebody looks at; None: all.
+    int64, always on the CPU, are the tokens whose hidden states somebody looks at; None: all.
     """
 
     token_ids: Tensor

@@ -402,6 +402,17 @@ async def test_the_loop_goes_on_while_a_step_runs(tokenizer: Tokenizer) -> None:
     assert ticks >= 10  # a blocked loop makes one or two
 
 
+async def test_what_an_idle_engine_does_holds_up_nobody(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    monkeypatch.setattr(core, "idle", lambda: begun.set() is None)  # never done
+    async with serving(core) as engine:
+        assert await asyncio.to_thread(begun.wait, 60)
+        messages = await read(engine.generate([request(core, [5, 6], max_tokens=2)]))
+    assert isinstance(messages[-1], Finished)
+
+
 async def test_an_engine_is_stalled_only_while_it_has_work(gated: EngineCore) -> None:
     async with serving(gated) as engine:
         engine.last_step_s -= 1000
