@@ -1,6 +1,7 @@
 """The Llama-shaped decoder on the CPU: quantised weights, one call of our kernels a step."""
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ class CpuDecoder:
         """The final hidden states, [T, H] float32."""
         if cache is not self._cache:
             self._point_to(cache)
-        hidden = torch.empty(len(inputs.token_ids), self.config.hidden_size)
+        shape = len(inputs.token_ids), self.config.hidden_size
+        # Rows that are left out must not look like an answer to whoever reads them by mistake.
+        hidden = torch.empty(shape) if inputs.read is None else torch.full(shape, math.nan)
         step = native.Step(
             decoder=ctypes.pointer(self._decoder),
             token_ids=inputs.token_ids.data_ptr(),

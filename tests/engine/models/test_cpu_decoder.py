@@ -123,7 +123,7 @@ def test_what_nobody_reads_changes_nothing_that_is_read(
     for rows in (ends, torch.tensor([3]), torch.arange(8, 40), torch.arange(len(want))):
         got, cache = packed_states(model, PROMPTS, read=rows)
         assert torch.equal(got[rows], want[rows])
-        assert torch.equal(got, want) == (len(rows) == len(want))  # the rest was left out
+        assert bool(got.isnan().any()) == (len(rows) < len(want))  # the rest was left out
         for one, other in zip(cache, kept, strict=True):
             assert torch.equal(one.keys, other.keys)
             assert torch.equal(one.values, other.values)
