@@ -215,6 +215,30 @@ extern "C" void logitmill_probs(int64_t isa, const float* logits, const double* 
     WIDE(probs_rows, logits, total, rows, k, out);
 }
 
+// What is left of candidates where a mask [R, K] says so; `inside` [R]: it does not depend on tails.
+extern "C" void logitmill_keep(int64_t isa, const Candidates* candidates, const bool* mask,
+                               const bool* inside) {
+    WIDE(keep_rows, *candidates, mask, inside);
+}
+
+// What is left at or above a floor [R]. Tails, in which nothing is above `least` [R], are to be cut
+// there by the caller in the rows that `cut` [R] names; returns whether there are any.
+extern "C" bool logitmill_keep_above(int64_t isa, const Candidates* candidates, const float* floor,
+                                     const float* least, bool* cut) {
+    return WIDE(keep_above_rows, *candidates, floor, least, cut);
+}
+
+// The `count` [R] likeliest that are left.
+extern "C" void logitmill_keep_first(int64_t isa, const Candidates* candidates, const int64_t* count) {
+    WIDE(keep_first_rows, *candidates, count);
+}
+
+// Those above which no more than a mass of `limit` [R] is ranked; probs is [R, K].
+extern "C" void logitmill_keep_mass(int64_t isa, const Candidates* candidates, const float* probs,
+                                    const float* limit) {
+    WIDE(keep_mass_rows, *candidates, probs, limit);
+}
+
 // Which candidates [R, K] are nearest to `entropy` in surprise and together have mass `limit`, of
 // equally near ones the lowest ids; for each row the mass of all, and how far the farthest kept is.
 extern "C" void logitmill_typical(int64_t isa, const float* logits, const float* probs,

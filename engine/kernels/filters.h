@@ -50,6 +50,74 @@ void probs_rows(const float* logits, const double* total, int64_t rows, int64_t 
     }
 }
 
+// What a filter says of a row: whether it drops anything at all, and whether it was decided without
+// the tail.
+struct Verdict {
+    bool applies, inside;
+};
+
+// Drops of each active row what `filter(r, row, kept)` leaves out of `kept`, and its tail.
+template <class Filter>
+INLINE void filter_rows(const Candidates& c, Filter filter) {
+#pragma omp parallel for if (c.rows * c.k > 1 << 15)
+    for (int64_t r = 0; r < c.rows; ++r) {
+        const float* row = c.logits + r * c.k;
+        float* kept = c.kept + r * c.k;
+        const Verdict its = c.active[r] ? filter(r, row, kept) : Verdict{false, true};
+        if (!its.applies) std::copy(row, row + c.k, kept);
+        bool *unsure = c.flags, *tail = unsure + c.rows, *whole = tail + c.rows;
+        unsure[r] = c.unsure[r] | (its.applies & !its.inside & c.tail[r]);
+        tail[r] = c.tail[r] & !its.applies;
+        whole[r] = c.whole[r] & !its.applies;
+    }
+}
+
+void keep_rows(const Candidates& c, const bool* mask, const bool* inside) {
+    filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {
+        for (int64_t i = 0; i < c.k; ++i) kept[i] = mask[r * c.k + i] ? row[i] : kNegInf;
+        return Verdict{true, inside[r]};
+    });
+}
+
+// Where no candidate is below the floor [R], tails are cut there instead, by whoever reads `cut` [R].
+// What the tails hold is at most `least` [R]. Returns whether there are any to cut.
+bool keep_above_rows(const Candidates& c, const float* floor, const float* least, bool* cut) {
+    bool any = false;
+    for (int64_t r = 0; r < c.rows; ++r) any |= cut[r] = c.active[r] & c.tail[r] & (least[r] >= floor[r]);
+    filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {
+        for (int64_t i = 0; i < c.k; ++i) kept[i] = row[i] >= floor[r] ? row[i] : kNegInf;
+        return Verdict{least[r] < floor[r], true};
+    });
+    return any;
+}
+
+// The `count` [R] first ones that are left.
+void keep_first_rows(const Candidates& c, const int64_t* count) {
+    filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {
+        int64_t rank = 0;
+        for (int64_t i = 0; i < c.k; ++i) {
+            rank += row[i] > kNegInf;
+            kept[i] = rank <= count[r] ? row[i] : kNegInf;
+        }
+        return Verdict{true, rank >= count[r]};
+    });
+}
+
+// Those above which there is no more than a mass of `limit` [R].
+void keep_mass_rows(const Candidates& c, const float* probs, const float* limit) {
+    filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {
+        const float* its = probs + r * c.k;
+        double mass = 0;
+        int64_t i = 0;
+        for (; i < c.k && (float)mass <= limit[r]; ++i) {
+            kept[i] = row[i];
+            mass += its[i];
+        }
+        std::fill(kept + i, kept + c.k, kNegInf);
+        return Verdict{true, (float)mass > limit[r]};
+    });
+}
+
 // What a thread works with: as many numbers and places as there are candidates, twice.
 struct Desk {
     explicit Desk(int64_t k)

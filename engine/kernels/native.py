@@ -118,6 +118,20 @@ class Rows(Structure):
     )
 
 
+class Candidates(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("unsure", c_void_p),
+        ("tail", c_void_p),
+        ("whole", c_void_p),
+        ("active", c_void_p),
+        ("rows", c_int64),
+        ("k", c_int64),
+        ("kept", c_void_p),
+        ("flags", c_void_p),
+    )
+
+
 class Step(Structure):
     _fields_ = (
         ("decoder", POINTER(Decoder)),
@@ -138,6 +152,12 @@ class Step(Structure):
         ("read", c_void_p),
         ("num_read", c_int64),
     )
+
+
+# Of candidates before a filter: their logits [R, K], which rows [R] are unsure, have their tails,
+# and are whole, and on which the filter acts [R, 1]. After it: the same without the last.
+Before = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+After = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Library:
@@ -164,6 +184,10 @@ class Library:
             ("cut", None),
             ("count", None),
             ("probs", None),
+            ("keep", None),
+            ("keep_above", ctypes.c_bool),
+            ("keep_first", None),
+            ("keep_mass", None),
             ("typical", None),
             ("bent", None),
             ("hash", None),
@@ -298,6 +322,38 @@ class Library:
             self._isa, _address(logits), _address(total), *_sizes(logits), _address(out)
         )
         return out
+
+    def keep(self, before: Before, mask: Tensor, inside: Tensor) -> After:
+        """Keep where a mask [R, K] says so; `inside` [R, 1]: that does not depend on the tail."""
+        candidates, after = _candidates(before)
+        self._dll.logitmill_keep(self._isa, candidates, _address(mask), _address(inside))
+        return after
+
+    def keep_above(
+        self, before: Before, floor: Tensor, least: Tensor
+    ) -> tuple[After, Tensor | None]:
+        """Keep what is not below `floor` [R, 1]; nothing in a tail is above `least` [R, 1].
+
+        Also in which rows [R] the tail stays, but is to be cut at the floor; None: in no row.
+        """
+        candidates, after = _candidates(before)
+        cut = torch.empty_like(before[1])
+        args = _address(floor), _address(least), _address(cut)
+        any_cut = self._dll.logitmill_keep_above(self._isa, candidates, *args)
+        return after, cut if any_cut else None
+
+    def keep_first(self, before: Before, count: Tensor) -> After:
+        """Keep the `count` [R, 1] int64 best ones that are left."""
+        candidates, after = _candidates(before)
+        self._dll.logitmill_keep_first(self._isa, candidates, _address(count))
+        return after
+
+    def keep_mass(self, before: Before, probs: Tensor, limit: Tensor) -> After:
+        """Keep those above which no more than a mass of `limit` [R, 1] is ranked."""
+        candidates, after = _candidates(before)
+        args = _address(probs), _address(limit)
+        self._dll.logitmill_keep_mass(self._isa, candidates, *args)
+        return after
 
     def typical(
         self,
@@ -456,6 +512,21 @@ def _rows(logits: Tensor, index: Tensor | None = None) -> Any:
         assert index.dtype == torch.int64
         count, at = len(index), _address(index)
     return ctypes.byref(Rows(logits.data_ptr(), at, count, vocab, logits.stride(0)))
+
+
+def _candidates(before: Before) -> tuple[Any, After]:
+    """What a filter of candidates reads, and what it writes."""
+    logits, unsure, tail, whole, active = before
+    kept = torch.empty_like(logits)
+    flags = torch.empty(3, len(logits), dtype=torch.bool)
+    args = Candidates(
+        *(_address(its) for its in (logits, unsure, tail, whole, active)),
+        len(logits),
+        logits.shape[1],
+        _address(kept),
+        _address(flags),
+    )
+    return ctypes.byref(args), (kept, *flags.unbind())  # type: ignore[return-value]
 
 
 def _best_of(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,15 @@ struct Rows {  // of logits, `stride` elements apart
     const float* at(int64_t row) const { return logits + (index ? index[row] : row) * stride; }
 };
 
+struct Candidates {     // of rows, K each: what stays of them, see engine/logits/candidates.py
+    const float* logits;  // [R, K], best first, -inf where dropped
+    const bool *unsure, *tail, *whole;  // [R]
+    const bool* active;                 // [R]: the rows in which anything may be dropped
+    int64_t rows, k;
+    float* kept;  // [R, K], the result
+    bool* flags;  // [3, R], the result: unsure, tail, whole
+};
+
 // Put the k smallest of n keys in order, in one of two buffers of n; returns which. Keys that agree
 // in their upper halves must come in order.
 const uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t n, int64_t k);

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels import native
 from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, kernels, rank, summarise
 
 WIDTH = 256
@@ -220,15 +222,17 @@ class Candidates:
     def settle(self) -> None:
         """After the last filter: only the likeliest token stays where the temperature is near 0."""
         if self._cold is not None and bool(self._cold.any()):
-            first = self.alive.cumsum(1) <= 1
-            cold = self._cold.unsqueeze(1)
-            self.keep(first, active=cold, inside=torch.ones_like(cold))
+            one = torch.ones_like(self._cold, dtype=torch.int64).unsqueeze(1)
+            self.keep_first(one, active=self._cold.unsqueeze(1))
 
     def keep(self, mask: Tensor, active: Tensor, inside: Tensor) -> None:
         """Drop candidates outside `mask` [R, K], and the tail, in the rows `active` [R, 1].
 
         `inside` [R, 1]: the mask was decided without the tail, nothing of which is to be kept.
         """
+        if (library := kernels(self.logits)) is not None:
+            self._become(library.keep(self._before(active), mask.contiguous(), inside.contiguous()))
+            return
         inactive = ~active
         self.unsure = self.unsure | ((active > inside).squeeze(1) & self.tail)
         self._leave(mask | inactive)
@@ -236,11 +240,45 @@ class Candidates:
         self.tail = self.tail & inactive
         self.whole = self.whole & inactive
 
+    def keep_first(self, count: Tensor, active: Tensor) -> None:
+        """Keep the `count` [R, 1] int64 likeliest tokens, in the rows `active` [R, 1]."""
+        if (library := kernels(self.logits)) is not None:
+            self._become(library.keep_first(self._before(active), count.contiguous()))
+            return
+        rank = self.alive.cumsum(1)
+        self.keep(rank <= count, active, inside=rank[:, -1:] >= count)
+
+    def keep_mass(self, limit: Tensor, active: Tensor) -> None:
+        """Keep the tokens above which no more than a mass of `limit` [R, 1] is ranked.
+
+        In the rows `active` [R, 1].
+        """
+        probs = self.probs
+        if (library := kernels(probs)) is not None:
+            self._become(library.keep_mass(self._before(active), probs, limit.contiguous()))
+            return
+        mass = probs.cumsum(1)
+        keep = F.pad(mass[:, :-1], (1, 0)) <= limit
+        self.keep(keep, active, inside=mass[:, -1:] > limit)
+
     def keep_above(self, floor: Tensor, active: Tensor) -> None:
         """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
+        if (library := kernels(self.logits)) is not None:
+            after, cut = library.keep_above(self._before(active), floor.contiguous(), self.least)
+            if cut is not None:
+                self._cut_tail(floor, cut)
+            self._become(after)
+            return
         all_stay = self.least >= floor
         self._cut_tail(floor, (active & all_stay).squeeze(1) & self.tail)
         self.keep(self.logits >= floor, active & ~all_stay, inside=torch.ones_like(all_stay))
+
+    def _before(self, active: Tensor) -> native.Before:
+        return self.logits, self.unsure, self.tail, self.whole, active.contiguous()
+
+    def _become(self, after: native.After) -> None:
+        self._logits, self.unsure, self.tail, self.whole = after
+        self._forget()
 
     def _cut_tail(self, floor: Tensor, where: Tensor) -> None:
         """Drop of the tails of some rows [R] what is below `floor`, as no candidate is."""

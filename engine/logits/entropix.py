@@ -16,8 +16,7 @@ from engine.logits.candidates import Candidates
 from engine.logits.history import History
 from engine.logits.min_p import keep_min_p
 from engine.logits.stage import Filter
-from engine.logits.top_k import keep_top_k
-from engine.logits.top_p import below, keep_top_p
+from engine.logits.top_p import below
 from engine.params import EntropixParams
 from engine.types import Request, Rows
 
@@ -74,13 +73,12 @@ class Entropix(Filter):
         settings.use(other, *settings.other())
 
         asks = lost & ~(self._asked_before(rows) & ~late) & (self.clarify.at(rows) >= 0)
-        everywhere = torch.ones_like(active)
         candidates.divide(torch.where(active, settings.temperature, 1.0))
         shaped = active & ~sure
         keep_min_p(candidates, settings.min_p, active=shaped)
-        keep_top_k(candidates, settings.top_k.long(), active=shaped)
-        keep_top_p(candidates, below(settings.top_p), active=shaped)
-        candidates.keep(candidates.alive.cumsum(1) <= 1, active=sure, inside=everywhere)
+        candidates.keep_first(settings.top_k.long(), active=shaped)
+        candidates.keep_mass(below(settings.top_p), active=shaped)
+        candidates.keep_first(torch.ones_like(settings.top_k, dtype=torch.int64), active=sure)
         candidates.draw_often(torch.where(other, _TRIES, 1), again=wild & late)
         candidates.force(asks, self.clarify.at(rows))
 

@@ -1,7 +1,6 @@
 """Top-k: Fan et al., 2018, arXiv:1805.04833."""
 
 import torch
-from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
@@ -23,10 +22,4 @@ class TopK(Filter):
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         top_k = self.top_k.at(rows)
-        keep_top_k(candidates, top_k, active=top_k > 0)
-
-
-def keep_top_k(candidates: Candidates, top_k: Tensor, active: Tensor) -> None:
-    """Keep the `top_k` [R, 1] likeliest tokens."""
-    rank = candidates.alive.cumsum(1)
-    candidates.keep(rank <= top_k, active=active, inside=rank[:, -1:] >= top_k)
+        candidates.keep_first(top_k, active=top_k > 0)

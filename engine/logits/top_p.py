@@ -1,7 +1,6 @@
 """Nucleus sampling: Holtzman et al., 2019, arXiv:1904.09751."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.lanes import Lanes
@@ -30,16 +29,9 @@ class TopP(Filter):
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
         limit = self.limit.at(rows)
-        keep_top_p(candidates, limit, active=limit < 1.0)
+        candidates.keep_mass(limit, active=limit < 1.0)
 
 
 def below(top_p: Tensor) -> Tensor:
     """The largest mass that is less, but not less than 0: float32."""
     return top_p.nextafter(torch.zeros_like(top_p)).clamp(min=0.0)
-
-
-def keep_top_p(candidates: Candidates, limit: Tensor, active: Tensor) -> None:
-    """Keep the tokens above which no more than a mass of `limit` [R, 1] is ranked."""
-    mass = candidates.probs.cumsum(1)
-    keep = F.pad(mass[:, :-1], (1, 0)) <= limit
-    candidates.keep(keep, active=active, inside=mass[:, -1:] > limit)

@@ -1,6 +1,7 @@
 """Passes over candidates, for each instruction set alike, against the torch they stand for."""
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def with_some_dropped(candidates: Candidates) -> None:
 
 def with_nine(candidates: Candidates) -> None:
     everywhere = torch.ones(ROWS, 1, dtype=torch.bool)
-    candidates.keep(candidates.alive.cumsum(1) <= 9, active=everywhere, inside=everywhere)
+    candidates.keep_first(torch.full((ROWS, 1), 9), active=everywhere)
 
 
 def with_all(_: Candidates) -> None:
@@ -76,6 +77,36 @@ def both_ways(
     wanted = decide(*args)
     monkeypatch.setattr(native, "LIBRARY", library)
     yield from zip(decide(*args), wanted, strict=True)
+
+
+CHANGES: dict[str, Callable[[Candidates, Tensor, Tensor], None]] = {
+    "a mask": lambda its, active, limit: its.keep(its.ids % 3 > 0, active, limit > 0.5),
+    "above": lambda its, active, limit: its.keep_above(its.top - 9 * limit, active),
+    "the first": lambda its, active, limit: its.keep_first((limit * its.width).long(), active),
+    "a mass": lambda its, active, limit: its.keep_mass(limit, active),
+}
+
+
+@LIBRARIES
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_same_candidates_stay(
+    library: native.Library,
+    change: Callable[[Candidates, Tensor, Tensor], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    active = torch.rand(ROWS, 1, generator=generator) < 0.8
+
+    def changed(candidates: Candidates) -> tuple[Tensor, ...]:
+        its = copy(candidates)
+        change(its, active, limits())
+        assert its.alive is not candidates.alive  # which is of what was there before
+        return its.logits, its.unsure, its.tail, its.whole, its.raw
+
+    for candidates in cases():
+        candidates.unsure[0] = True
+        for got, want in both_ways(library, monkeypatch, changed, candidates):
+            assert torch.equal(got, want)
 
 
 @LIBRARIES
