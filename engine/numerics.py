@@ -60,12 +60,9 @@ def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top[:, 0], block * BLOCK + _first(inside == top)
 
 
-def scanned(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows with +inf as the largest float, and what `scan` says of them as they came."""
-    top, ids = scan(logits)
-    if not known_finite(top):
-        logits = logits.clamp(max=torch.finfo(torch.float32).max)
-    return logits, top, ids
+def bounded(logits: Tensor, top: Tensor) -> Tensor:
+    """The rows, of which `top` [R] are the largest entries, with +inf as the largest float."""
+    return logits if known_finite(top) else logits.clamp(max=torch.finfo(torch.float32).max)
 
 
 def known_finite(values: Tensor) -> bool:

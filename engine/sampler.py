@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.config import LogprobsMode
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
+from engine.logits.common import Common
 from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
 from engine.numerics import (
@@ -29,13 +30,13 @@ from engine.numerics import (
     NEG_INF,
     best,
     block_masses,
+    bounded,
     known_finite,
     log_softmax,
     log_sum_exp,
     moments,
     row_sum,
     scan,
-    scanned,
 )
 from engine.rng import Domain, gumbel, uniform, winner
 from engine.strategies.base import Wants
@@ -78,7 +79,8 @@ class Sampler:
         self.lanes = lanes
         self.pipeline = pipeline
         self.mode = mode
-        self.greedy = np.zeros(lanes.num_lanes, dtype=bool)
+        self.common = Common(pipeline, lanes)
+        self.greedy = self.common.greedy
         self.logprobs = np.full(lanes.num_lanes, -1)  # candidates wanted; -1: not even its own
         self.tops = np.zeros(lanes.num_lanes, dtype=np.int64)  # candidates for a strategy; 0: none
         self.perturbed = lanes.flags()  # whose candidates are those of largest noisy logit
@@ -92,7 +94,6 @@ class Sampler:
         self.pipeline.admit(lane, request)
         self.tops[lane] = wants.top
         self.perturbed[lane] = wants.perturbed
-        self.greedy[lane] = request.params.greedy
         ranked = request.params.best_of_several  # which needs the scores
         self.logprobs[lane] = (
             (0 if ranked else -1) if request.logprobs is None else request.logprobs
@@ -100,12 +101,14 @@ class Sampler:
         self.traced[lane] = 0 if request.trace is None else request.trace.top
         self.watched[lane] = request.params.wants_signals
         self.unnormalised[lane] = request.params.scores_logprobs
+        seen = not self.mode.raw and bool(self.logprobs[lane] >= 0)
+        self.common.admit(lane, greedy=request.params.greedy, seen=seen)
         reports = self.mode.raw and (self.logprobs[lane] >= 0 or wants.top > 0)
         self.reads_raw[lane] = reports or request.trace is not None or wants.logits
 
     def fork(self, parents: list[int], children: list[int]) -> None:
         self.pipeline.fork(parents, children)
-        for known in (self.greedy, self.logprobs, self.traced, self.tops):
+        for known in (self.logprobs, self.traced, self.tops):
             known[children] = known[parents]
 
     def observes(self, lane: int) -> bool:
@@ -119,14 +122,18 @@ class Sampler:
 
         A `forced` token takes the place of what would have been chosen.
         """
-        raw, raw_top, chosen = scanned(raw)
+        transformed = self.pipeline.transformed(rows)
+        if transformed:
+            raw_top, _ = scan(raw)
+        else:
+            raw_top, chosen, drawn = self.common.choose(raw, rows)
+        raw = bounded(raw, raw_top)
         rows = self._with_signals(raw, rows)
         shown = bool(self.reads_raw[rows.host_lanes].any())
-        logits, sound = raw, known_finite(raw_top)
-        top = raw_top
-        if self.pipeline.transformed(rows):
+        logits, top, sound = raw, raw_top, known_finite(raw_top)
+        if transformed:
             logits = self.pipeline.transform(raw, rows, in_place=not shown)
-            top, chosen = scan(logits)
+            top, chosen, drawn = self.common.choose(logits, rows)
             sound = sound and known_finite(top)
         valid: Tensor | None = None  # which rows have a number to draw from; None: all
         if rows.beside is not None or not sound:
@@ -136,7 +143,6 @@ class Sampler:
                 broken = broken | rows.beside.broken()
             chosen = torch.where(broken, NOT_A_NUMBER, chosen)
             valid = chosen >= 0
-        drawn: list[int] = np.flatnonzero(~self.greedy[rows.host_lanes]).tolist()
         processed = logits
         parts: list[Filtered] = []
         tokens = chosen

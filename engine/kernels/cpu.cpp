@@ -215,6 +215,9 @@ extern "C" void logitmill_probs(int64_t isa, const float* logits, const double* 
     WIDE(probs_rows, logits, total, rows, k, out);
 }
 
+// A token of each row, if it is greedy or has only common filters.
+extern "C" void logitmill_choose(int64_t isa, const Choice* choice) { WIDE(choose_rows, *choice); }
+
 // What is left of candidates where a mask [R, K] says so; `inside` [R]: it does not depend on tails.
 extern "C" void logitmill_keep(int64_t isa, const Candidates* candidates, const bool* mask,
                                const bool* inside) {

@@ -34,20 +34,31 @@ INLINE FewVec probs_of(FewVec z, double total) {
     return __builtin_convertvector(p, FewVec);
 }
 
+// Of the first k candidates of a row.
+INLINE void probs_of(const float* row, double total, int64_t k, float* to) {
+    FewVec z;
+    int64_t i = 0;
+    for (; i + kFew <= k; i += kFew) {
+        std::memcpy(&z, row + i, sizeof z);
+        z = probs_of(z, total);
+        std::memcpy(to + i, &z, sizeof z);
+    }
+    for (; i < k; ++i) to[i] = probs_of(FewVec{} + row[i], total)[0];
+}
+
 void probs_rows(const float* logits, const double* total, int64_t rows, int64_t k, float* out) {
 #pragma omp parallel for if (rows * k > 1 << 15)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* row = logits + r * k;
-        float* to = out + r * k;
-        FewVec z;
-        int64_t i = 0;
-        for (; i + kFew <= k; i += kFew) {
-            std::memcpy(&z, row + i, sizeof z);
-            z = probs_of(z, total[r]);
-            std::memcpy(to + i, &z, sizeof z);
-        }
-        for (; i < k; ++i) to[i] = probs_of(FewVec{} + row[i], total[r])[0];
-    }
+    for (int64_t r = 0; r < rows; ++r) probs_of(logits + r * k, total[r], k, out + r * k);
+}
+
+// How many of `count` candidates stand behind no more than a mass of `limit`, and with the last of
+// these the mass: `reached`.
+INLINE int64_t count_inside(const float* probs, int64_t count, float limit, float* reached) {
+    double mass = 0;
+    int64_t inside = 0;
+    while (inside < count && (float)mass <= limit) mass += probs[inside++];
+    *reached = (float)mass;
+    return inside;
 }
 
 // What a filter says of a row: whether it drops anything at all, and whether it was decided without
@@ -106,15 +117,10 @@ void keep_first_rows(const Candidates& c, const int64_t* count) {
 // Those above which there is no more than a mass of `limit` [R].
 void keep_mass_rows(const Candidates& c, const float* probs, const float* limit) {
     filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {
-        const float* its = probs + r * c.k;
-        double mass = 0;
-        int64_t i = 0;
-        for (; i < c.k && (float)mass <= limit[r]; ++i) {
-            kept[i] = row[i];
-            mass += its[i];
-        }
-        std::fill(kept + i, kept + c.k, kNegInf);
-        return Verdict{true, (float)mass > limit[r]};
+        float reached;
+        const int64_t inside = count_inside(probs + r * c.k, c.k, limit[r], &reached);
+        std::fill(std::copy(row, row + inside, kept), kept + c.k, kNegInf);
+        return Verdict{true, reached > limit[r]};
     });
 }
 

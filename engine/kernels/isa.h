@@ -6,3 +6,4 @@
 #include "decoder.h"
 #include "rows.h"
 #include "filters.h"
+#include "choose.h"

@@ -118,6 +118,24 @@ class Rows(Structure):
     )
 
 
+class Choice(Structure):
+    _fields_ = (
+        ("rows", Rows),
+        ("lanes", c_void_p),
+        ("positions", c_void_p),
+        ("greedy", c_void_p),
+        ("common", c_void_p),
+        ("seeds", c_void_p),
+        ("temperature", c_void_p),
+        ("min_p", c_void_p),
+        ("top_k", c_void_p),
+        ("top_p", c_void_p),
+        ("top", c_void_p),
+        ("ids", c_void_p),
+        ("late", c_void_p),
+    )
+
+
 class Candidates(Structure):
     _fields_ = (
         ("logits", c_void_p),
@@ -184,6 +202,7 @@ class Library:
             ("cut", None),
             ("count", None),
             ("probs", None),
+            ("choose", None),
             ("keep", None),
             ("keep_above", ctypes.c_bool),
             ("keep_first", None),
@@ -322,6 +341,23 @@ class Library:
             self._isa, _address(logits), _address(total), *_sizes(logits), _address(out)
         )
         return out
+
+    def choose(
+        self, logits: Tensor, lanes: Tensor, positions: Tensor, columns: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest entry of each row, NaN if it holds one, and a token, [R] both.
+
+        Also which rows [R] bool are late: that is then only the lowest id with the largest entry,
+        and the token is still to be chosen. lanes, positions [R] int64. The columns [L] say of each
+        lane whether it is greedy, and whether it has no filters but the following; its seed,
+        temperature, ln `min_p`, `top_k` and the largest mass that may stand above a token.
+        """
+        top, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
+        late = torch.empty(len(logits), dtype=torch.bool)
+        told = lanes, positions, *columns, top, ids, late
+        choice = Choice(_rows_of(logits), *(_address(its) for its in told))
+        self._dll.logitmill_choose(self._isa, ctypes.byref(choice))
+        return top, ids, late
 
     def keep(self, before: Before, mask: Tensor, inside: Tensor) -> After:
         """Keep where a mask [R, K] says so; `inside` [R, 1]: that does not depend on the tail."""
@@ -504,6 +540,10 @@ def _sizes(tensor: Tensor) -> tuple[c_int64, c_int64]:
 
 
 def _rows(logits: Tensor, index: Tensor | None = None) -> Any:
+    return ctypes.byref(_rows_of(logits, index))
+
+
+def _rows_of(logits: Tensor, index: Tensor | None = None) -> Rows:
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     count, vocab = logits.shape
@@ -511,7 +551,7 @@ def _rows(logits: Tensor, index: Tensor | None = None) -> Any:
     if index is not None:
         assert index.dtype == torch.int64
         count, at = len(index), _address(index)
-    return ctypes.byref(Rows(logits.data_ptr(), at, count, vocab, logits.stride(0)))
+    return Rows(logits.data_ptr(), at, count, vocab, logits.stride(0))
 
 
 def _candidates(before: Before) -> tuple[Any, After]:

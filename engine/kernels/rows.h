@@ -242,10 +242,15 @@ void measure_rows(const Rows& rows, const float* factor, float* top, float* mass
     }
 }
 
-// ln Σ exp(z / temperature) of row r, whose largest entry is `top`, and its entropy: summary [2, R].
+// ln Σ exp(z / temperature).
+INLINE double total(const Distribution& its, float temperature) {
+    return std::log(its.mass) + its.top / temperature;
+}
+
+// `total` of row r, whose largest entry is `top`, and its entropy: summary [2, R].
 INLINE void summarise(const Rows& rows, int64_t r, float top, float temperature, double* summary) {
     const Distribution its = distribution(rows.at(r), rows.vocab, top, temperature);
-    summary[r] = std::log(its.mass) + top / temperature;
+    summary[r] = total(its, temperature);
     summary[rows.count + r] = its.entropy;
 }
 
@@ -362,49 +367,70 @@ void hash_keys(const int64_t* seeds, const int64_t* positions, const int64_t* id
     for (int64_t i = 0; i < n; ++i) out[i] = hash_key(seeds[i], positions[i], ids[i], domain);
 }
 
-// The place of the largest sum of value and Gumbel noise in each row of `values` [R, K], the first of
-// equal ones. What can no longer win is passed over: no noise is above 22.9.
+// The place of the largest sum of value(i) and the Gumbel noise of id(i), i < k, the first of equal
+// ones. What can no longer win is passed over: no noise is above 22.9.
+template <class Value, class Id>
+INLINE int64_t winner(int64_t k, Value value, Id id, int64_t seed, int64_t position, uint32_t domain) {
+    double best = -INFINITY;
+    int64_t place = 0;
+    for (int64_t i = 0; i < k; ++i) {
+        const double own = value(i);
+        if (!(own + 22.9 > best)) continue;
+        const uint32_t h = hash_key(seed, position, id(i), domain);
+        const double noisy = own - std::log(-std::log1p(-(h + 0.5) * 0x1p-32));
+        if (noisy > best) {
+            best = noisy;
+            place = i;
+        }
+    }
+    return place;
+}
+
 template <class T>
 void winner_rows(const T* values, const int64_t* ids, int64_t ids_stride, const int64_t* seeds,
                  const int64_t* positions, int64_t rows, int64_t k, uint32_t domain, int64_t* place) {
 #pragma omp parallel for schedule(dynamic) if (rows > 1)
     for (int64_t r = 0; r < rows; ++r) {
-        double best = -INFINITY;
-        place[r] = 0;
-        for (int64_t i = 0; i < k; ++i) {
-            const double value = values[r * k + i];
-            if (!(value + 22.9 > best)) continue;
-            const uint32_t h = hash_key(seeds[r], positions[r], ids[r * ids_stride + i], domain);
-            const double noisy = value - std::log(-std::log1p(-(h + 0.5) * 0x1p-32));
-            if (noisy > best) {
-                best = noisy;
-                place[r] = i;
-            }
-        }
+        auto value = [&](int64_t i) INLINE_LAMBDA { return values[r * k + i]; };
+        auto id = [&](int64_t i) INLINE_LAMBDA { return ids[r * ids_stride + i]; };
+        place[r] = winner(k, value, id, seeds[r], positions[r], domain);
     }
 }
+
+// A place to look for a row's best entries in.
+struct Search {
+    explicit Search(int64_t vocab)
+        : room(vocab + kBlock),
+          keys((uint64_t*)std::malloc(2 * room * sizeof(uint64_t) + room * sizeof(float))),
+          maxima((float*)(keys + 2 * room)) {}
+    ~Search() { std::free(keys); }
+
+    // The k best, k <= V: largest first, equal ones by lowest id.
+    INLINE void best(const float* row, int64_t vocab, int64_t k, float* values, int64_t* ids) const {
+        int64_t found = collect(row, vocab, k, keys, maxima);
+        while (found < k) keys[found++] = (uint64_t)descending(kNegInf) << 32;  // a row with NaN
+        const uint64_t* sorted = sort_keys(keys, keys + room, found, k);
+        for (int64_t i = 0; i < k; ++i) {
+            ids[i] = sorted[i] & 0xffffffffu;
+            values[i] = row[ids[i]];
+        }
+    }
+
+    int64_t room;
+    uint64_t* keys;
+    float* maxima;
+};
 
 // With a temperature also `summarise`, while the row is at hand.
 void select_rows(const Rows& rows, int64_t k, const float* temperature, float* values, int64_t* ids,
                  double* summary) {
 #pragma omp parallel if (rows.count > 1)
     {
-        const int64_t room = rows.vocab + kBlock;
-        uint64_t* keys = (uint64_t*)std::malloc(2 * room * sizeof(uint64_t) + room * sizeof(float));
-        float* maxima = (float*)(keys + 2 * room);
+        const Search search(rows.vocab);
 #pragma omp for schedule(dynamic)
         for (int64_t r = 0; r < rows.count; ++r) {
-            const float* row = rows.at(r);
-            int64_t found = collect(row, rows.vocab, k, keys, maxima);
-            while (found < k) keys[found++] = (uint64_t)descending(kNegInf) << 32;  // a row with NaN
-            const uint64_t* sorted = sort_keys(keys, keys + room, found, k);
-            for (int64_t i = 0; i < k; ++i) {
-                const int64_t id = sorted[i] & 0xffffffffu;
-                ids[r * k + i] = id;
-                values[r * k + i] = row[id];
-            }
+            search.best(rows.at(r), rows.vocab, k, values + r * k, ids + r * k);
             if (temperature) summarise(rows, r, values[r * k], temperature[r], summary);
         }
-        std::free(keys);
     }
 }

@@ -76,6 +76,22 @@ struct Rows {  // of logits, `stride` elements apart
     const float* at(int64_t row) const { return logits + (index ? index[row] : row) * stride; }
 };
 
+struct Choice {  // of a token for each row, where no more is asked for than is here
+    Rows rows;
+    const int64_t *lanes, *positions;  // [R]
+    // Of each lane, [L].
+    const bool *greedy, *common;  // common: sampled, with the following and no other filters
+    const int64_t* seeds;
+    const float* temperature;
+    const float* min_p;    // its logarithm; -inf: none
+    const int64_t* top_k;  // 0: none
+    const float* top_p;    // the mass above the last token that stays; 1: none
+    // Results, [R].
+    float* top;    // the largest entry, NaN if there is one
+    int64_t* ids;  // the token, or for `late` rows the largest entry's
+    bool* late;    // somebody else has to choose
+};
+
 struct Candidates {     // of rows, K each: what stays of them, see engine/logits/candidates.py
     const float* logits;  // [R, K], best first, -inf where dropped
     const bool *unsure, *tail, *whole;  // [R]

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.history import History
-from engine.logits.min_p import keep_min_p
 from engine.logits.stage import Filter
 from engine.logits.top_p import below
 from engine.params import EntropixParams
@@ -75,7 +74,7 @@ class Entropix(Filter):
         asks = lost & ~(self._asked_before(rows) & ~late) & (self.clarify.at(rows) >= 0)
         candidates.divide(torch.where(active, settings.temperature, 1.0))
         shaped = active & ~sure
-        keep_min_p(candidates, settings.min_p, active=shaped)
+        candidates.keep_above(candidates.top + settings.min_p.log(), active=shaped)
         candidates.keep_first(settings.top_k.long(), active=shaped)
         candidates.keep_mass(below(settings.top_p), active=shaped)
         candidates.keep_first(torch.ones_like(settings.top_k, dtype=torch.int64), active=sure)

@@ -1,11 +1,13 @@
 """Min-p: Nguyen et al., 2024, arXiv:2407.01082."""
 
+import math
+
 import torch
-from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.numerics import NEG_INF
 from engine.types import Request, Rows
 
 
@@ -15,18 +17,14 @@ class MinP(Filter):
     fields = ("min_p",)
 
     def __init__(self, lanes: Lanes) -> None:
-        self.min_p = lanes.column(torch.float32, neutral=0.0)
+        self.log_min_p = lanes.column(torch.float32, neutral=NEG_INF)
 
     def admit(self, lane: int, request: Request) -> bool:
-        self.min_p[lane] = request.params.min_p
-        return request.params.min_p > 0.0
+        min_p = request.params.min_p
+        self.log_min_p.values[lane] = math.log(min_p) if min_p > 0.0 else NEG_INF
+        return min_p > 0.0
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:
-        min_p = self.min_p.at(rows)
-        keep_min_p(candidates, min_p, active=min_p > 0.0)
-
-
-def keep_min_p(candidates: Candidates, min_p: Tensor, active: Tensor) -> None:
-    """Drop tokens less than `min_p` [R, 1] times as likely as the likeliest."""
-    # p >= min_p * p_max  <=>  logit >= logit_max + log(min_p), so no softmax is needed.
-    candidates.keep_above(candidates.top + min_p.log(), active=active)
+        # p >= min_p * p_max  <=>  logit >= logit_max + log(min_p), so no softmax is needed.
+        log_min_p = self.log_min_p.at(rows)
+        candidates.keep_above(candidates.top + log_min_p, active=log_min_p > NEG_INF)

@@ -116,6 +116,10 @@ class Pipeline:
 
         return run_filters(wanted(rows), logits, rows, wanted)
 
+    def stage(self, kind: type[Stage]) -> Stage:
+        """The stage of a kind, of which there must be one."""
+        return next(stage for stage in self.stages if type(stage) is kind)
+
     def stages_of(self, lane: int) -> tuple[list[Stage], list[Stage]]:
         """The transforms and the filters that a lane wants, in its order."""
         wanted, order = self.wanted[lane], self.orders[self._order_of[lane]]

@@ -14,6 +14,7 @@ from engine.numerics import (
     best,
     block_masses,
     blocked,
+    bounded,
     count_finite,
     cut_,
     deviation,
@@ -24,7 +25,6 @@ from engine.numerics import (
     rank,
     row_sum,
     scan,
-    scanned,
     summarise,
 )
 from tests.support.logits import DIST_P, ROW_A, hard_rows, random_rows, several_threads
@@ -200,10 +200,11 @@ def test_the_maximum_of_a_row_with_a_nan_is_nan(at: int) -> None:
 
 def test_infinities_become_the_largest_float_and_nothing_else_changes() -> None:
     logits = random_rows(3, 300)
-    assert scanned(logits)[0] is logits
+    assert bounded(logits, scan(logits)[0]) is logits
     infinite = logits.clone()
     infinite[1, 7] = float("inf")
-    got, top, first = scanned(infinite)
+    top, first = scan(infinite)
+    got = bounded(infinite, top)
     assert got[1, 7] == torch.finfo(torch.float32).max
     assert (top[1], first[1]) == (float("inf"), 7)
     got[1, 7] = logits[1, 7]

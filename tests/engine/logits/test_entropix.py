@@ -15,7 +15,6 @@ from engine.config import LogprobsMode
 from engine.errors import InvalidRequest
 from engine.lanes import Lanes
 from engine.logits import STAGES
-from engine.logits.entropix import Entropix
 from engine.logits.pipeline import Pipeline
 from engine.numerics import NEG_INF
 from engine.sampler import Sampler, Samples
@@ -130,12 +129,11 @@ class Run:
 
     specs: list[Spec]
     attention: list[tuple[float, ...]]
-    stages: Any = (Entropix,)
     lane_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lanes: Lanes = new_lanes(len(self.specs) + 1, 64)
-        pipeline = Pipeline(self.stages, self.lanes)
+        pipeline = Pipeline(STAGES, self.lanes)
         self.sampler = Sampler(self.lanes, pipeline, LogprobsMode.PROCESSED_LOGITS)
         self.lane_ids = [self.lanes.take() for _ in self.specs]
         for lane, spec in zip(self.lane_ids, self.specs, strict=True):
@@ -316,21 +314,21 @@ def test_the_later_profile_has_its_own_thresholds_in_nats() -> None:
 def test_the_regime_is_the_model_s_own_and_the_draw_is_of_what_penalties_leave() -> None:
     probs = [0.9999, *[0.0001 / 63] * 63]
     params = {"entropix": {}, "logit_bias": {"0": -100.0}}
-    one = Run([Spec(params, logprobs=64)], [ATTENTION], STAGES)
+    one = Run([Spec(params, logprobs=64)], [ATTENTION])
     samples = one.step(torch.tensor([probs]).log())
     # Still sure, as the model was: the likeliest of the rest.
     assert samples.token_ids == [1]
     assert [i for i, logit in samples.logprobs[0][1] if logit > NEG_INF] == [1]
     # Flat again once the only candidate is gone: as the model was not, so nothing is put in.
     flat = {"entropix": {"clarify_token": CLARIFY}, "allowed_token_ids": [*range(1, 64)]}
-    one = Run([Spec(flat)], [ATTENTION], STAGES)
+    one = Run([Spec(flat)], [ATTENTION])
     assert one.step(torch.tensor([probs]).log()).token_ids == [1]
 
 
 def test_only_its_own_rows_are_touched() -> None:
     logits = random_rows(4, 700)
     specs = [asking({}), Spec(logprobs=700), Spec({"temperature": 0.0}), Spec(logprobs=700)]
-    some = Run(specs, [ATTENTION] * 4, STAGES)
+    some = Run(specs, [ATTENTION] * 4)
     samples = some.step(logits)
     for row in (1, 3):
         listed = dict(samples.logprobs[row][1])
@@ -400,9 +398,9 @@ def test_it_is_put_in_though_it_is_no_candidate_but_not_where_it_is_banned() -> 
         assert left < 600
     params: dict[str, Any] = {"entropix": {"clarify_token": CLARIFY} | wide}
     params |= {"logit_bias": {str(CLARIFY): -100.0}}
-    assert Run([Spec(params)], [ATTENTION], STAGES).step(row).token_ids == [CLARIFY]
+    assert Run([Spec(params)], [ATTENTION]).step(row).token_ids == [CLARIFY]
     params |= {"allowed_token_ids": [*range(6, 700)]}
-    assert Run([Spec(params)], [ATTENTION], STAGES).step(row).token_ids != [CLARIFY]
+    assert Run([Spec(params)], [ATTENTION]).step(row).token_ids != [CLARIFY]
 
 
 def test_without_a_clarify_token_a_lost_row_draws_warmer() -> None:
@@ -473,9 +471,9 @@ def test_a_draw_does_not_depend_on_the_rows_beside_it(given: dict[str, Any]) -> 
     specs = [replace(asking(given | {"clarify_token": CLARIFY}), seed=row) for row in range(40)]
     specs[::5] = [Spec({"top_p": 0.9}, seed=row) for row in range(0, 40, 5)]
     attention = [ATTENTION] * 40
-    together = Run(specs, attention, STAGES).step(logits).token_ids
+    together = Run(specs, attention).step(logits).token_ids
     for row in range(40):
-        alone = Run([specs[row]], [ATTENTION], STAGES).step(logits[row, None])
+        alone = Run([specs[row]], [ATTENTION]).step(logits[row, None])
         assert alone.token_ids == [together[row]]
 
 
