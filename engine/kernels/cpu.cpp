@@ -215,6 +215,18 @@ extern "C" void logitmill_probs(int64_t isa, const float* logits, const double* 
     WIDE(probs_rows, logits, total, rows, k, out);
 }
 
+// Count the tokens of n lanes at these positions, and no longer those that leave the windows.
+extern "C" void logitmill_count_tokens(int64_t isa, const Counts* counts, const int64_t* lanes,
+                                       const int64_t* positions, int64_t n) {
+    WIDE(count_tokens, *counts, lanes, positions, n);
+}
+
+// Repetition, frequency and presence penalties, in place; lanes is [R].
+extern "C" void logitmill_penalise(int64_t isa, const Rows* rows, const int64_t* lanes,
+                                   const Counts* counts, const Penalties* penalties) {
+    WIDE(penalise_rows, *rows, lanes, *counts, *penalties);
+}
+
 // A token of each row, if it is greedy or has only common filters.
 extern "C" void logitmill_choose(int64_t isa, const Choice* choice) { WIDE(choose_rows, *choice); }
 

@@ -7,3 +7,4 @@
 #include "rows.h"
 #include "filters.h"
 #include "choose.h"
+#include "history.h"

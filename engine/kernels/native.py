@@ -136,6 +136,30 @@ class Choice(Structure):
     )
 
 
+class Counts(Structure):
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("prompt_lengths", c_void_p),
+        ("windows", c_void_p),
+        ("slots", c_void_p),
+        ("ids", c_void_p),
+        ("seen", c_void_p),
+        ("generated", c_void_p),
+        ("sizes", c_void_p),
+        ("context", c_int64),
+        ("vocab", c_int64),
+    )
+
+
+class Penalties(Structure):
+    _fields_ = (
+        ("repetition", c_void_p),
+        ("frequency", c_void_p),
+        ("presence", c_void_p),
+        ("prompt", c_void_p),
+    )
+
+
 class Candidates(Structure):
     _fields_ = (
         ("logits", c_void_p),
@@ -202,6 +226,8 @@ class Library:
             ("cut", None),
             ("count", None),
             ("probs", None),
+            ("count_tokens", None),
+            ("penalise", None),
             ("choose", None),
             ("keep", None),
             ("keep_above", ctypes.c_bool),
@@ -341,6 +367,33 @@ class Library:
             self._isa, _address(logits), _address(total), *_sizes(logits), _address(out)
         )
         return out
+
+    def count_tokens(self, counts: Counts, lanes: Tensor, positions: Tensor) -> None:
+        """Count the tokens of lanes [n] at these positions [n], both int64."""
+        self._dll.logitmill_count_tokens(
+            self._isa,
+            ctypes.byref(counts),
+            _address(lanes),
+            _address(positions),
+            c_int64(len(lanes)),
+        )
+
+    def penalise(
+        self, logits: Tensor, lanes: Tensor, counts: Counts, columns: Sequence[Tensor]
+    ) -> None:
+        """In place: lower what has occurred; lanes [R] int64.
+
+        The columns [L] are the repetition, frequency and presence penalties, float32, and whether
+        the first also looks at the prompt, bool.
+        """
+        penalties = Penalties(*(_address(column) for column in columns))
+        self._dll.logitmill_penalise(
+            self._isa,
+            _rows(logits),
+            _address(lanes),
+            ctypes.byref(counts),
+            ctypes.byref(penalties),
+        )
 
     def choose(
         self, logits: Tensor, lanes: Tensor, positions: Tensor, columns: Sequence[Tensor]

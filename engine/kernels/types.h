@@ -92,6 +92,21 @@ struct Choice {  // of a token for each row, where no more is asked for than is 
     bool* late;    // somebody else has to choose
 };
 
+struct Counts {  // of each lane's tokens, [L, ...]; see engine/logits/counts.py
+    const int32_t* tokens;          // [L, C]
+    const int64_t* prompt_lengths;  // [L]
+    const int64_t* windows;         // [L]: so many of the latest count; below 0: all
+    int32_t* slots;                 // [L, V]: 1 more than where a token stands; 0: nowhere
+    int32_t *ids, *seen, *generated;  // [L, C]
+    int64_t* sizes;                   // [L]: how many tokens stand there
+    int64_t context, vocab;           // C, V
+};
+
+struct Penalties {  // of each lane, [L]
+    const float *repetition, *frequency, *presence;
+    const bool* prompt;  // whether the first also looks at the prompt
+};
+
 struct Candidates {     // of rows, K each: what stays of them, see engine/logits/candidates.py
     const float* logits;  // [R, K], best first, -inf where dropped
     const bool *unsure, *tail, *whole;  // [R]

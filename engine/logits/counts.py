@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels import native
 from engine.lanes import Lanes
 from engine.types import Rows
 
@@ -24,6 +25,7 @@ class TokenCounts:
         self.windows = lanes.column(torch.int64, neutral=-1)
         self._covered = np.full(lanes.num_lanes, _UNKNOWN)
         self._slots: Tensor | None = None  # int32, 1 more than the place in `ids`; 0: not there
+        self.tables = native.Counts()  # all of these, for the kernels
         lanes.on_fork(self._fork)
 
     def start(self, lane: int, window: int) -> None:
@@ -36,7 +38,7 @@ class TokenCounts:
 
         A row with fewer distinct tokens repeats its first one, with the same counts.
         """
-        self._catch_up(rows, vocab_size)
+        self.catch_up(rows, vocab_size)
         lanes, sizes = rows.lanes.unsqueeze(1), self._sizes[rows.lanes].unsqueeze(1)
         # Asking a GPU for the largest would mean waiting for it.
         width = int(sizes.max()) if sizes.is_cpu else rows.max_len
@@ -45,7 +47,8 @@ class TokenCounts:
         ids = self._ids[lanes, place].long()
         return ids, self._seen[lanes, place], self._generated[lanes, place]
 
-    def _catch_up(self, rows: Rows, vocab_size: int) -> None:
+    def catch_up(self, rows: Rows, vocab_size: int) -> None:
+        """Count what the rows' lanes hold by now."""
         if self._slots is None:
             self._allocate(vocab_size)
         covered = self._covered[rows.host_lanes]
@@ -62,6 +65,9 @@ class TokenCounts:
 
     def _append(self, lanes: Tensor, positions: Tensor) -> None:
         """Count one more token of each of these lanes [R], and one less where one leaves."""
+        if lanes.is_cpu and (library := native.LIBRARY) is not None:
+            library.count_tokens(self.tables, lanes, positions)
+            return
         self._add(lanes, positions, torch.ones_like(positions))
         windows = self.windows.values[lanes]
         leaving = positions - windows
@@ -112,6 +118,18 @@ class TokenCounts:
         self._seen = torch.zeros_like(self._ids)
         self._generated = torch.zeros_like(self._ids)
         self._sizes = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self.tables = native.Counts(
+            tokens=self.lanes.tokens.data_ptr(),
+            prompt_lengths=self.lanes.prompt_lengths.data_ptr(),
+            windows=self.windows.values.data_ptr(),
+            slots=self._slots.data_ptr(),
+            ids=self._ids.data_ptr(),
+            seen=self._seen.data_ptr(),
+            generated=self._generated.data_ptr(),
+            sizes=self._sizes.data_ptr(),
+            context=context_len,
+            vocab=vocab_size,
+        )
 
     def _fork(self, parents: list[int], children: list[int]) -> None:
         self._covered[children] = self._covered[parents]

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.counts import TokenCounts
 from engine.logits.stage import Transform
+from engine.numerics import kernels
 from engine.types import Request, Rows
 
 
@@ -51,6 +52,12 @@ class Penalties(Transform):
         )
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
+        if (library := kernels(logits)) is not None:
+            self.counts.catch_up(rows, logits.shape[1])
+            columns = self.repetition, self.frequency, self.presence, self.prompt
+            values = [column.values for column in columns]
+            library.penalise(logits, rows.lanes, self.counts.tables, values)
+            return logits
         ids, seen, generated = self.counts.at(rows, logits.shape[1])
         scores = logits.gather(1, ids)
         theta = self.repetition.at(rows)
