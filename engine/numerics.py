@@ -35,6 +35,11 @@ def kernels(logits: Tensor) -> native.Library | None:
     return native.LIBRARY if fits else None
 
 
+def some(logits: Tensor, index: Tensor | None) -> Tensor:
+    """With an `index` [r] int64 a copy of those rows, else all."""
+    return logits if index is None else logits.index_select(0, index)
+
+
 def blocked(x: Tensor, fill: float) -> Tensor:
     """[R, V] as [R, ceil(V / 256), 256], the end padded with `fill`."""
     size = x.shape[-1]
@@ -70,14 +75,17 @@ def known_finite(values: Tensor) -> bool:
     return values.is_cpu and all(map(math.isfinite, values.tolist()))
 
 
-def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def block_masses(
+    logits: Tensor, temperature: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over blocks of 256 tokens, with e = exp((z - top) / temperature).
 
-    temperature [R]. Returns top [R], Σe [R, B] and Σe·(z - top) [R, B]; dropped (-inf) entries
-    count nothing. A row needs a finite entry.
+    temperature [R]; with an `index` [R] int64 those of some of the rows. Returns top [R], Σe [R, B]
+    and Σe·(z - top) [R, B]; dropped (-inf) entries count nothing. A row needs a finite entry.
     """
     if (library := kernels(logits)) is not None:
-        return library.measure(logits, 1.0 / temperature)
+        return library.measure(logits, 1.0 / temperature, index)
+    logits = some(logits, index)
     top, _ = scan(logits)
     z = logits - top.unsqueeze(1)
     e = (z / temperature.unsqueeze(1)).exp_()
@@ -85,14 +93,15 @@ def block_masses(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, T
     return top, blocked(e, 0.0).sum(-1), blocked(moments, 0.0).sum(-1)
 
 
-def summarise(logits: Tensor, temperature: Tensor) -> Tensor:
+def summarise(logits: Tensor, temperature: Tensor, index: Tensor | None = None) -> Tensor:
     """ln Σ exp(z / T) and the entropy in nats of softmax(z / T), [2, R, 1] float64.
 
-    temperature is [R]. A row needs a finite entry.
+    temperature is [R]; with an `index` [R] int64 those of some of the rows. A row needs a finite
+    entry.
     """
     if (library := kernels(logits)) is not None:
-        return library.summarise(logits, temperature.contiguous())
-    top, mass, moment = block_masses(logits, temperature)
+        return library.summarise(logits, temperature.contiguous(), index)
+    top, mass, moment = block_masses(logits, temperature, index)
     total = mass.double().sum(1)
     scaled = (top / temperature).double()
     entropy = total.log() - moment.double().sum(1) / total / temperature
@@ -115,11 +124,13 @@ def moments(logits: Tensor) -> Tensor:
     return torch.stack((total.log() + top, total.log() - mean, varentropy))
 
 
-def rank(logits: Tensor, width: int, temperature: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def rank(
+    logits: Tensor, width: int, temperature: Tensor, index: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """`best` and `summarise`, in one pass over the rows if possible."""
     if (library := kernels(logits)) is None:
-        return best(logits, width), summarise(logits, temperature)
-    return library.rank(logits, min(width, logits.shape[1]), temperature.contiguous())
+        return best(logits, width, index), summarise(logits, temperature, index)
+    return library.rank(logits, min(width, logits.shape[1]), temperature.contiguous(), index)
 
 
 def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +139,11 @@ def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top.unsqueeze(1), mass.double().sum(1, keepdim=True).log_().float()
 
 
-def count_finite(logits: Tensor) -> Tensor:
+def count_finite(logits: Tensor, index: Tensor | None = None) -> Tensor:
     """How many entries of each row are not -inf, [R, 1] int64."""
     if (library := kernels(logits)) is not None:
-        return library.count(logits).unsqueeze(1)
-    return (logits > NEG_INF).sum(1, keepdim=True)
+        return library.count(logits, index).unsqueeze(1)
+    return (some(logits, index) > NEG_INF).sum(1, keepdim=True)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -177,10 +188,14 @@ def _half_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (logits - top.unsqueeze(1)).exp_().div_(2.0 * total.float().unsqueeze(1)), entropy
 
 
-def deviation(logits: Tensor) -> Tensor:
-    """The population standard deviation of each row's finite entries, [R, 1]."""
+def deviation(logits: Tensor, index: Tensor | None = None) -> Tensor:
+    """The population standard deviation of each row's finite entries, [R, 1].
+
+    With an index [R] int64 those of some of the rows.
+    """
     if (library := kernels(logits)) is not None:
-        return library.deviation(logits).unsqueeze(1)
+        return library.deviation(logits, index).unsqueeze(1)
+    logits = some(logits, index)
     alive = logits > NEG_INF
     count = row_sum(alive.float())
     mean = (row_sum(torch.where(alive, logits, 0.0)) / count).float()
@@ -211,8 +226,7 @@ def best(logits: Tensor, width: int, index: Tensor | None = None) -> tuple[Tenso
     width = min(width, logits.shape[1])
     if (library := kernels(logits)) is not None:
         return library.select(logits, width, index)
-    if index is not None:
-        logits = logits[index]
+    logits = some(logits, index)
     if width == logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True)
     values, ids = logits.topk(width + 1)

@@ -149,18 +149,18 @@ class Sampler:
         if drawn:
             everyone = len(drawn) == len(rows)
             index = torch.tensor(drawn, device=raw.device)
-            part = logits if everyone else logits[index]
+            source = logits
             if valid is not None and not bool(valid.all()):
                 # The others are drawn from all the same, and not used.
-                part = torch.where(valid[index].unsqueeze(1), part, 0.0)
+                source = torch.where(valid.unsqueeze(1), logits, 0.0)
             its = rows if everyone else rows.select(drawn, index)
-            parts = self.pipeline.filter(part, its)
+            parts = self.pipeline.filter(source, its, None if everyone else index)
             tokens = self._draw(parts, len(drawn))
             chosen[index] = (
                 tokens if valid is None else torch.where(valid[index], tokens, chosen[index])
             )
             if not self.mode.raw and self._wanting(rows):
-                processed = logits.index_copy(0, index, dense(parts, part))
+                processed = logits.index_copy(0, index, dense(parts, logits[index]))
         if forced is not None:
             chosen = torch.where(chosen == NOT_A_NUMBER, chosen, forced)
             tokens = chosen if drawn else tokens
@@ -339,18 +339,18 @@ def draw(candidates: Candidates, seeds: Tensor, positions: Tensor) -> Tensor:
 
     seeds, positions [R] int64.
     """
-    if not candidates.ranked:
-        return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
-    tailed = candidates.tail.nonzero().squeeze(1)
-    if len(tailed) == len(seeds):
-        return draw_dense(candidates.raw, candidates.temperature, seeds, positions)
+    tailed = candidates.tail.nonzero().squeeze(1) if candidates.ranked else None
+    if tailed is None or len(tailed) == len(seeds):
+        raw, index = candidates.raw_rows()
+        return draw_dense(raw, candidates.temperature, seeds, positions, index)
     place = winner(candidates.logits, seeds, positions, candidates.ids, Domain.TOKEN)
     if candidates.num_draws is not None and candidates.redrawn is not None:
         place = _draw_more(candidates, place, seeds, positions)
     tokens = candidates.ids.gather(1, place).squeeze(1)
     if len(tailed):
-        raw, temperature = candidates.raw[tailed], candidates.temperature[tailed]
-        tokens[tailed] = draw_dense(raw, temperature, seeds[tailed], positions[tailed])
+        raw, index = candidates.raw_rows(tailed)
+        its = candidates.temperature[tailed], seeds[tailed], positions[tailed]
+        tokens[tailed] = draw_dense(raw, *its, index)
     return tokens
 
 
@@ -360,8 +360,9 @@ def _draw_more(candidates: Candidates, place: Tensor, seeds: Tensor, positions: 
     counts, redrawn = candidates.num_draws, candidates.redrawn
     assert counts is not None
     assert redrawn is not None
+    drawing = logits.masked_fill((counts <= 1).unsqueeze(1), NEG_INF)  # costs the others no draw
     for index in range(1, int(counts.max())):
-        other = winner(logits, seeds, positions, candidates.ids, Domain.EXTRA + index)
+        other = winner(drawing, seeds, positions, candidates.ids, Domain.EXTRA + index)
         better = logits.gather(1, other) > logits.gather(1, place)
         place = torch.where(better & (counts > index).unsqueeze(1), other, place)
     if bool(redrawn.any()):
@@ -372,17 +373,26 @@ def _draw_more(candidates: Candidates, place: Tensor, seeds: Tensor, positions: 
     return place
 
 
-def draw_dense(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def draw_dense(
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    index: Tensor | None = None,
+) -> Tensor:
     """A token of softmax(logits / temperature) of each row, [R] int64.
 
-    logits [R, V] float32; temperature [R]; seeds, positions [R] int64.
+    logits [R, V] float32, or with an `index` [R] int64 those of some of the rows; temperature [R];
+    seeds, positions [R] int64.
     """
-    _, mass, _ = block_masses(logits, temperature)
+    _, mass, _ = block_masses(logits, temperature, index)
     ids = torch.arange(mass.shape[1], device=logits.device).unsqueeze(0)
     block = winner(mass.double().log_(), seeds, positions, ids, Domain.BLOCK)
     ids = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     valid = ids < logits.shape[1]
-    inside = logits.gather(1, ids.clamp(max=logits.shape[1] - 1)) / temperature.unsqueeze(1)
+    row = torch.arange(len(seeds), device=logits.device) if index is None else index
+    entries = logits[row.unsqueeze(1), ids.clamp(max=logits.shape[1] - 1)]
+    inside = entries / temperature.unsqueeze(1)
     token = winner(torch.where(valid, inside, NEG_INF), seeds, positions, ids, Domain.TOKEN)
     return ids.gather(1, token).squeeze(1)
 

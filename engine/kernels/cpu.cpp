@@ -178,6 +178,14 @@ extern "C" void logitmill_summarise(int64_t isa, const Rows* rows, const float* 
     WIDE(summarise_rows, *rows, temperature, summary);
 }
 
+// The same, of the K candidates [R, K] of rows that are not `whole` [R], and of the others if `known`
+// [2, R] is for another temperature: `known_at` [R]. Null candidates: all rows are whole.
+extern "C" void logitmill_update_summaries(int64_t isa, const Rows* rows, const float* temperature,
+                                           const bool* whole, const float* candidates, int64_t k,
+                                           float* known_at, double* known, double* summary) {
+    WIDE(update_summaries, *rows, temperature, whole, candidates, k, known_at, known, summary);
+}
+
 // ln Σ exp z of each row, the entropy in nats and the varentropy in nats², [3, R].
 extern "C" void logitmill_moments(int64_t isa, const Rows* rows, double* out) {
     WIDE(moments_rows, *rows, out);
@@ -236,11 +244,12 @@ extern "C" void logitmill_keep(int64_t isa, const Candidates* candidates, const 
     WIDE(keep_rows, *candidates, mask, inside);
 }
 
-// What is left at or above a floor [R]. Tails, in which nothing is above `least` [R], are to be cut
-// there by the caller in the rows that `cut` [R] names; returns whether there are any.
+// What is left at or above a floor [R]. `best` [R, K] are the candidates as they came, and what is in
+// a tail is no larger than the last of them by the temperature [R]. Where that is not below the floor,
+// tails are to be cut by the caller: in the rows that `cut` [R] names; returns whether there are any.
 extern "C" bool logitmill_keep_above(int64_t isa, const Candidates* candidates, const float* floor,
-                                     const float* least, bool* cut) {
-    return WIDE(keep_above_rows, *candidates, floor, least, cut);
+                                     const float* best, const float* temperature, bool* cut) {
+    return WIDE(keep_above_rows, *candidates, floor, best, temperature, cut);
 }
 
 // The `count` [R] likeliest that are left.

@@ -91,14 +91,20 @@ void keep_rows(const Candidates& c, const bool* mask, const bool* inside) {
 }
 
 // Where no candidate is below the floor [R], tails are cut there instead, by whoever reads `cut` [R].
-// What the tails hold is at most `least` [R]. Returns whether there are any to cut.
-bool keep_above_rows(const Candidates& c, const float* floor, const float* least, bool* cut) {
+// Returns whether there are any to cut.
+bool keep_above_rows(const Candidates& c, const float* floor, const float* best,
+                     const float* temperature, bool* cut) {
     bool any = false;
-    for (int64_t r = 0; r < c.rows; ++r) any |= cut[r] = c.active[r] & c.tail[r] & (least[r] >= floor[r]);
+    for (int64_t r = 0; r < c.rows; ++r) {
+        const float least = smaller(best[(r + 1) * c.k - 1] / temperature[r], FLT_MAX);
+        cut[r] = c.active[r] && least >= floor[r];
+    }
     filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {
+        if (cut[r]) return Verdict{false, true};
         for (int64_t i = 0; i < c.k; ++i) kept[i] = row[i] >= floor[r] ? row[i] : kNegInf;
-        return Verdict{least[r] < floor[r], true};
+        return Verdict{true, true};
     });
+    for (int64_t r = 0; r < c.rows; ++r) any |= cut[r] = cut[r] && c.tail[r];
     return any;
 }
 

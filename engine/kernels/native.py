@@ -218,6 +218,7 @@ class Library:
             ("scan", None),
             ("measure", None),
             ("summarise", None),
+            ("update_summaries", None),
             ("moments", None),
             ("log_softmax", None),
             ("divergence", None),
@@ -289,17 +290,20 @@ class Library:
         self._dll.logitmill_scan(self._isa, _rows(logits), _address(top), _address(ids))
         return top, ids
 
-    def measure(self, logits: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(
+        self, logits: Tensor, factor: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The largest entry of each row [R], and Σe and Σe·(z - top) of each block of 256, [R, B].
 
-        e = exp(factor·(z - top)); factor is [R] float32, contiguous.
+        e = exp(factor·(z - top)); factor is [R] float32, contiguous. With an index [R] int64, here
+        and elsewhere, those of some of the rows.
         """
         blocks = -(-logits.shape[1] // 256)
-        top = torch.empty(len(logits))
-        mass, moment = torch.empty(len(logits), blocks), torch.empty(len(logits), blocks)
+        top = torch.empty(len(factor))
+        mass, moment = torch.empty(len(factor), blocks), torch.empty(len(factor), blocks)
         self._dll.logitmill_measure(
             self._isa,
-            _rows(logits),
+            _rows(logits, index),
             _address(factor),
             _address(top),
             _address(mass),
@@ -307,14 +311,41 @@ class Library:
         )
         return top, mass, moment
 
-    def summarise(self, logits: Tensor, temperature: Tensor) -> Tensor:
+    def summarise(self, logits: Tensor, temperature: Tensor, index: Tensor | None = None) -> Tensor:
         """ln Σ exp(z / T) of each row and the entropy of softmax(z / T), [2, R, 1] float64.
 
         temperature is [R] float32, contiguous.
         """
-        summary = torch.empty(2, len(logits), 1, dtype=torch.float64)
+        summary = torch.empty(2, len(temperature), 1, dtype=torch.float64)
         self._dll.logitmill_summarise(
-            self._isa, _rows(logits), _address(temperature), _address(summary)
+            self._isa, _rows(logits, index), _address(temperature), _address(summary)
+        )
+        return summary
+
+    def update_summaries(
+        self,
+        logits: Tensor,
+        index: Tensor | None,
+        temperature: Tensor,
+        whole: Tensor,
+        candidates: Tensor | None,
+        known: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """`summarise` of the candidates [R, K] or, where they are `whole` [R], of rows of the logits.
+
+        Without candidates of all rows. `known` are the temperatures [R] for which the rows' own was
+        computed, and what came out [2, R, 1]; both are kept up.
+        """
+        summary = torch.empty(2, len(temperature), 1, dtype=torch.float64)
+        self._dll.logitmill_update_summaries(
+            self._isa,
+            _rows(logits, index),
+            _address(temperature),
+            _address(whole),
+            None if candidates is None else _address(candidates),
+            c_int64(0 if candidates is None else candidates.shape[1]),
+            *(_address(its) for its in known),
+            _address(summary),
         )
         return summary
 
@@ -341,10 +372,10 @@ class Library:
         )
         return out
 
-    def deviation(self, logits: Tensor) -> Tensor:
+    def deviation(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
         """The population standard deviation of each row's finite entries, [R]."""
-        out = torch.empty(len(logits))
-        self._dll.logitmill_deviation(self._isa, _rows(logits), _address(out))
+        out = torch.empty(len(logits if index is None else index))
+        self._dll.logitmill_deviation(self._isa, _rows(logits, index), _address(out))
         return out
 
     def cut(self, logits: Tensor, temperature: Tensor, floor: Tensor) -> None:
@@ -354,10 +385,10 @@ class Library:
         """
         self._dll.logitmill_cut(self._isa, _rows(logits), _address(temperature), _address(floor))
 
-    def count(self, logits: Tensor) -> Tensor:
+    def count(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
         """How many entries of each row are not -inf, [R] int64."""
-        out = torch.empty(len(logits), dtype=torch.int64)
-        self._dll.logitmill_count(self._isa, _rows(logits), _address(out))
+        out = torch.empty(len(logits if index is None else index), dtype=torch.int64)
+        self._dll.logitmill_count(self._isa, _rows(logits, index), _address(out))
         return out
 
     def probs(self, logits: Tensor, total: Tensor) -> Tensor:
@@ -419,15 +450,17 @@ class Library:
         return after
 
     def keep_above(
-        self, before: Before, floor: Tensor, least: Tensor
+        self, before: Before, floor: Tensor, best: Tensor, temperature: Tensor
     ) -> tuple[After, Tensor | None]:
-        """Keep what is not below `floor` [R, 1]; nothing in a tail is above `least` [R, 1].
+        """Keep what is not below `floor` [R, 1].
 
-        Also in which rows [R] the tail stays, but is to be cut at the floor; None: in no row.
+        best [R, K] are the logits as they came; nothing in a tail is above the last of them by the
+        temperature [R]. Also in which rows [R] the tail stays, but is to be cut at the floor; None:
+        in no row.
         """
         candidates, after = _candidates(before)
         cut = torch.empty_like(before[1])
-        args = _address(floor), _address(least), _address(cut)
+        args = _address(floor), _address(best), _address(temperature), _address(cut)
         any_cut = self._dll.logitmill_keep_above(self._isa, candidates, *args)
         return after, cut if any_cut else None
 
@@ -554,14 +587,14 @@ class Library:
         return values, ids
 
     def rank(
-        self, logits: Tensor, k: int, temperature: Tensor
+        self, logits: Tensor, k: int, temperature: Tensor, index: Tensor | None = None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """`select` and `summarise` in one pass over the rows."""
-        values, ids = _best_of(logits, k)
-        summary = torch.empty(2, len(logits), 1, dtype=torch.float64)
+        values, ids = _best_of(temperature, k)
+        summary = torch.empty(2, len(temperature), 1, dtype=torch.float64)
         self._dll.logitmill_select(
             self._isa,
-            _rows(logits),
+            _rows(logits, index),
             c_int64(k),
             _address(temperature),
             _address(values),

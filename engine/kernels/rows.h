@@ -260,6 +260,27 @@ void summarise_rows(const Rows& rows, const float* temperature, double* summary)
         summarise(rows, r, maximum(rows.at(r), rows.vocab), temperature[r], summary);
 }
 
+// `summarise` of rows that are `whole`, where it is not known for their temperatures, and of the K
+// candidates that are left [R, K] of the others. `known` [2, R] was computed at `known_at` [R], and is
+// kept up; null candidates: all rows are whole.
+void update_summaries(const Rows& rows, const float* temperature, const bool* whole,
+                      const float* candidates, int64_t k, float* known_at, double* known,
+                      double* summary) {
+    const Rows left = {candidates, nullptr, rows.count, k, k};
+#pragma omp parallel for schedule(dynamic) if (rows.count > 1)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        if (candidates && !whole[r]) {
+            summarise(left, r, maximum(left.at(r), k), 1.0f, summary);
+            continue;
+        }
+        if (known_at[r] != temperature[r]) {
+            summarise(rows, r, maximum(rows.at(r), rows.vocab), temperature[r], known);
+            known_at[r] = temperature[r];
+        }
+        for (int64_t i : {r, rows.count + r}) summary[i] = known[i];
+    }
+}
+
 // ln Σ exp(z) of each row, and of its distribution the entropy in nats and the varentropy: [3, R].
 void moments_rows(const Rows& rows, double* out) {
 #pragma omp parallel for schedule(dynamic) if (rows.count > 1)

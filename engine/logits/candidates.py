@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import native
-from engine.numerics import NEG_INF, best, count_finite, cut_, deviation, kernels, rank, summarise
+from engine.numerics import (
+    NEG_INF,
+    best,
+    count_finite,
+    cut_,
+    deviation,
+    kernels,
+    rank,
+    some,
+    summarise,
+)
 
 WIDTH = 256
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
@@ -27,14 +37,17 @@ class Candidates:
     it as it is now: changes put new tensors in the place of old ones.
     """
 
-    def __init__(self, logits: Tensor, width: int = WIDTH, index: Tensor | None = None) -> None:
+    def __init__(
+        self, logits: Tensor, width: int | None = None, index: Tensor | None = None
+    ) -> None:
         """logits [R, V] float32, not written to; with an `index` [r] those rows of them.
 
         Every row needs a finite entry.
         """
         self._source, self._index = logits, index
+        self._owns_raw = False  # may `raw` be changed in place?
         self.vocab_size = logits.shape[1]
-        self.width = min(width, self.vocab_size)
+        self.width = min(WIDTH if width is None else width, self.vocab_size)
         count, device = len(logits if index is None else index), logits.device
         self.temperature = torch.ones(count, device=device)
         self.tail = torch.full((count,), self.width < self.vocab_size, device=device)
@@ -49,6 +62,14 @@ class Candidates:
         self._everything: Tensor | None = None
         self._known_at = self.temperature
 
+    def __copy__(self) -> "Candidates":
+        self._owns_raw = False  # from now on another has it, too
+        other = object.__new__(Candidates)
+        other.__dict__.update(self.__dict__)
+        if self._everything is not None:  # which may be kept up in place
+            other._everything, other._known_at = self._everything.clone(), self._known_at.clone()
+        return other
+
     def wider(self, rows: Tensor, times: int) -> "Candidates":
         """Some rows [r] as they were at first, with more candidates."""
         index = rows if self._index is None else self._index[rows]
@@ -59,15 +80,19 @@ class Candidates:
                 other._known_at = other._known_at.masked_fill(self._cut[rows], 0.0)
         return other
 
-    @property
-    def _given(self) -> Tensor:
-        """The rows as they came, [R, V]."""
-        return self._source if self._index is None else self._source[self._index]
-
     @cached_property
     def raw(self) -> Tensor:
         """Without what was dropped, in rows whose tails stay: [R, V]."""
-        return self._given
+        return some(self._source, self._index)
+
+    def raw_rows(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Some rows [r] of `raw`, as a tensor that has them and an index for it; None: all of it.
+
+        Nothing is copied for that.
+        """
+        if self._index is None or "raw" in self.__dict__:
+            return self.raw, rows
+        return self._source, self._index if rows is None else self._index[rows]
 
     @cached_property
     def _best(self) -> tuple[Tensor, Tensor]:
@@ -123,10 +148,11 @@ class Candidates:
 
         Rounded to float32 only here: sums that are exactly a limit must compare equal to it.
         """
-        if "_best" not in self.__dict__ and self._index is None:
+        if "_best" not in self.__dict__ and self._everything is None:
             # Both at once, while a row is at hand.
-            self._best, self._everything = rank(self._source, self.width, self.temperature)
-            self._known_at = self.temperature
+            its = self._source, self.width, self.temperature, self._index
+            self._best, self._everything = rank(*its)
+            self._known_at = self.temperature.clone()
         total = self.total  # of all rows as they are, if asked before anything is ranked
         if (library := kernels(self.logits)) is not None:
             return library.probs(self.logits, total)
@@ -137,14 +163,16 @@ class Candidates:
         tokens = tokens.unsqueeze(1)
         is_it = self.ids == tokens
         own = torch.where(is_it, self.probs, 0.0).sum(1, keepdim=True)
-        scaled = _scaled(self.raw.gather(1, tokens), self.temperature.unsqueeze(1))
+        scaled = _scaled(_entries(*self.raw_rows(), tokens), self.temperature.unsqueeze(1))
         outside = self.tail.unsqueeze(1) & ~is_it.any(1, keepdim=True)
         return torch.where(outside, (scaled.double() - self.total).exp_().float(), own)
 
     @property
     def count(self) -> Tensor:
         """How many tokens are left, [R, 1] int64."""
-        return self._by_row(lambda: self.alive.sum(1, keepdim=True), lambda: count_finite(self.raw))
+        return self._by_row(
+            lambda: self.alive.sum(1, keepdim=True), lambda: count_finite(*self.raw_rows())
+        )
 
     def deviation(self, where: Tensor) -> Tensor:
         """The population standard deviation of the logits of some rows [R, 1] bool; [R, 1]."""
@@ -152,7 +180,7 @@ class Candidates:
         def whole() -> Tensor:
             return self._of_raw(
                 where.squeeze(1) & self.whole,
-                lambda raw, temperature: deviation(raw) / temperature.unsqueeze(1),
+                lambda raw, temperature, index: deviation(raw, index) / temperature.unsqueeze(1),
                 torch.ones_like(where, dtype=torch.float32),
             )
 
@@ -160,6 +188,15 @@ class Candidates:
 
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor]:
+        raw, index = self.raw_rows()
+        if (library := kernels(raw)) is not None:
+            if self._everything is None:
+                self._known_at = torch.zeros_like(self.temperature)  # which is nowhere
+                self._everything = torch.empty(2, len(self.temperature), 1, dtype=torch.float64)
+            known = self._known_at, self._everything
+            its = self.temperature, self.whole, self._logits
+            total, entropy = library.update_summaries(raw, index, *its, known)
+            return total, entropy
         total, entropy = self._by_row(
             lambda: summarise(self.logits, torch.ones_like(self.temperature)),
             self._of_everything,
@@ -180,7 +217,8 @@ class Candidates:
     def _of_everything(self) -> Tensor:
         """`_summary` of whole rows, computed once for a temperature; of others, anything."""
         if self._everything is None:
-            self._everything = summarise(self.raw, self.temperature)
+            raw, index = self.raw_rows()
+            self._everything = summarise(raw, self.temperature, index)
             self._known_at = self.temperature
         if self._known_at is self.temperature:
             return self._everything
@@ -190,16 +228,21 @@ class Candidates:
         return self._everything
 
     def _of_raw(
-        self, where: Tensor, compute: Callable[[Tensor, Tensor], Tensor], known: Tensor
+        self,
+        where: Tensor,
+        compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        known: Tensor,
     ) -> Tensor:
         """Numbers of each row, [..., R, 1]: in the rows `where` [R] of `raw` and temperature."""
         # Asking a GPU would mean waiting for it.
         needed = where.nonzero().squeeze(1) if where.is_cpu else None
         if needed is None or len(needed) == len(where):
-            return compute(self.raw, self.temperature)
+            raw, index = self.raw_rows()
+            return compute(raw, self.temperature, index)
         if not len(needed):
             return known
-        new = compute(self.raw[needed], self.temperature[needed])
+        raw, index = self.raw_rows(needed)
+        new = compute(raw, self.temperature[needed], index)
         return known.index_copy(-2, needed, new)
 
     # -- changes
@@ -264,7 +307,9 @@ class Candidates:
     def keep_above(self, floor: Tensor, active: Tensor) -> None:
         """Keep what is not below `floor` [R, 1], in the rows `active` [R, 1]."""
         if (library := kernels(self.logits)) is not None:
-            after, cut = library.keep_above(self._before(active), floor.contiguous(), self.least)
+            after, cut = library.keep_above(
+                self._before(active), floor.contiguous(), self._best[0], self.temperature
+            )
             if cut is not None:
                 self._cut_tail(floor, cut)
             self._become(after)
@@ -305,8 +350,10 @@ class Candidates:
         # Asking a GPU would mean waiting for it.
         if self.temperature.is_cpu and not bool(where.any()):
             return False
-        if self.raw is self._source:
-            self.raw = self.raw.clone()
+        if not self._owns_raw:
+            copied = self._index is not None and "raw" not in self.__dict__
+            self.raw = self.raw if copied else self.raw.clone()
+            self._owns_raw = True
         self._cut = where if self._cut is None else self._cut | where
         self._known_at = self._known_at.masked_fill(where, 0.0)
         self._forget()
@@ -323,7 +370,7 @@ class Candidates:
     def force(self, where: Tensor, token_ids: Tensor) -> None:
         """Leave only one token [R, 1] in some rows [R, 1], unless it has been banned."""
         known = token_ids.clamp(min=0)
-        where = where & (self._given.gather(1, known) > NEG_INF)
+        where = where & (_entries(self._source, self._index, known) > NEG_INF)
         logits = self.logits.masked_fill(where, NEG_INF)
         values, ids = self._best
         # A token that is no candidate takes the place of the first one.
@@ -354,6 +401,11 @@ class Candidates:
             return whole
         whole = torch.where(self.tail.unsqueeze(1), whole, NEG_INF)
         return whole.scatter_(1, self.ids, self.logits)
+
+
+def _entries(logits: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
+    """The logits of one token [R, 1] of each row, [R, 1]; with an index [R] of some of the rows."""
+    return logits.gather(1, tokens) if index is None else logits[index.unsqueeze(1), tokens]
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:

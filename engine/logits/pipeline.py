@@ -90,8 +90,10 @@ class Pipeline:
         lanes = enumerate(rows.host_lanes)
         return [row for row, lane in lanes if self.wanted[lane] & self._any_transform]
 
-    def filter(self, logits: Tensor, rows: Rows) -> list[Filtered]:
+    def filter(self, logits: Tensor, rows: Rows, index: Tensor | None = None) -> list[Filtered]:
         """Temperature and filters over sampled rows, each with a finite entry.
+
+        They are the rows `index` [R] of the logits; None: all.
 
         Rows of equal order share a pass. Rows whose filters had to see more candidates come again,
         and what comes later counts.
@@ -99,22 +101,24 @@ class Pipeline:
         order_of = self._order_of[rows.host_lanes]
         present: list[int] = np.unique(order_of).tolist()
         if len(present) == 1:
-            return self._filter(present[0], logits, rows)
+            return self._filter(present[0], logits, rows, index)
         parts: list[Filtered] = []
         for order in present:
             subset: list[int] = np.flatnonzero(order_of == order).tolist()
-            index = torch.tensor(subset, device=logits.device)
-            its = rows.select(subset, index)
-            for part in self._filter(order, logits[index], its):
+            its = torch.tensor(subset, device=logits.device)
+            where = its if index is None else index[its]
+            for part in self._filter(order, logits, rows.select(subset, its), where):
                 inner = subset if part.subset is None else [subset[i] for i in part.subset]
                 parts.append(Filtered(inner, part.rows, part.candidates))
         return parts
 
-    def _filter(self, order: int, logits: Tensor, rows: Rows) -> list[Filtered]:
+    def _filter(
+        self, order: int, logits: Tensor, rows: Rows, index: Tensor | None
+    ) -> list[Filtered]:
         def wanted(some: Rows) -> list[Stage]:
             return self._wanted_of(self.orders[order], some)
 
-        return run_filters(wanted(rows), logits, rows, wanted)
+        return run_filters(wanted(rows), logits, rows, wanted, index)
 
     def stage(self, kind: type[Stage]) -> Stage:
         """The stage of a kind, of which there must be one."""
@@ -175,14 +179,16 @@ def run_filters(
     logits: Tensor,
     rows: Rows,
     wanted: Callable[[Rows], Sequence[Stage]] | None = None,
+    index: Tensor | None = None,
 ) -> list[Filtered]:
     """Run filters in order, and again with more candidates on the rows that need them.
 
-    `wanted` are those stages that some of the rows want, if not all of them.
+    `wanted` are those stages that some of the rows want, if not all of them. The rows are those
+    of the logits at `index` [R]; None: all.
     """
     parts: list[Filtered] = []
     subset: list[int] | None = None
-    candidates = Candidates(logits)
+    candidates = Candidates(logits, index=index)
     while True:
         _run(stages, candidates, rows)
         parts.append(Filtered(subset, rows, candidates))
@@ -190,10 +196,10 @@ def run_filters(
         if not unsure:
             return parts
         subset = unsure if subset is None else [subset[row] for row in unsure]
-        index = torch.tensor(unsure, device=logits.device)
-        rows = rows.select(unsure, index)
+        its = torch.tensor(unsure, device=logits.device)
+        rows = rows.select(unsure, its)
         stages = stages if wanted is None else wanted(rows)
-        candidates = candidates.wider(index, widening(stages))
+        candidates = candidates.wider(its, widening(stages))
 
 
 def _observes(stage: type[Stage]) -> bool:

@@ -1,5 +1,7 @@
 """Candidates: a few tokens of each row, and what is right where they are not enough."""
 
+from copy import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,3 +164,20 @@ def test_nobody_looks_for_the_best_until_a_filter_asks() -> None:
 
 def test_there_are_examples_of_every_filter() -> None:
     assert {name for stage in FILTERS for name in stage.fields} <= EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([2, 0, 3])])
+def test_a_shallow_copy_keeps_what_it_has_seen(index: Tensor | None) -> None:
+    logits = random_rows(4, VOCAB)
+    before = logits.clone()
+    some = Candidates(logits, 8, index)
+    count = len(some.temperature)
+    everywhere = torch.ones(count, 1, dtype=torch.bool)
+    for floor in (-1.0, -0.5, 0.0):
+        was = copy(some)
+        kept = was.dense().clone()
+        some.keep_above(torch.full((count, 1), floor), active=everywhere)
+        assert torch.equal(was.dense(), kept)
+        rows = logits if index is None else logits[index]
+        assert torch.equal(some.dense(), rows.masked_fill(rows < floor, NEG_INF))
+    assert torch.equal(logits, before)
