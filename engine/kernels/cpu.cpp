@@ -235,6 +235,19 @@ extern "C" void logitmill_penalise(int64_t isa, const Rows* rows, const int64_t*
     WIDE(penalise_rows, *rows, lanes, *counts, *penalties);
 }
 
+// Keep up DRY's matches with the tokens of n lanes at these positions, at some of which sequence
+// breakers of several tokens end: `broken` [n], or null.
+extern "C" void logitmill_extend_matches(int64_t isa, const Dry* dry, const int64_t* lanes,
+                                         const int64_t* positions, const bool* broken, int64_t n) {
+    WIDE(extend_matches, *dry, lanes, positions, broken, n);
+}
+
+// The DRY penalty, in place; lanes and positions are [R].
+extern "C" void logitmill_penalise_matches(int64_t isa, const Rows* rows, const int64_t* lanes,
+                                           const int64_t* positions, const Dry* dry) {
+    WIDE(penalise_matches, *rows, lanes, positions, *dry);
+}
+
 // A token of each row, if it is greedy or has only common filters.
 extern "C" void logitmill_choose(int64_t isa, const Choice* choice) { WIDE(choose_rows, *choice); }
 

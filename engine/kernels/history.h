@@ -38,3 +38,57 @@ void penalise_rows(const Rows& rows, const int64_t* lanes, const Counts& c, cons
         }
     }
 }
+
+// Take in a token of each of n lanes: matches grow by one before tokens like it, all others are over.
+// `broken` [n]: a sequence breaker of several tokens ends there; null: nowhere.
+void extend_matches(const Dry& d, const int64_t* lanes, const int64_t* positions, const bool* broken,
+                    int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t lane = lanes[i], last = positions[i];
+        const int32_t *tokens = d.tokens + lane * d.context, token = tokens[last];
+        int32_t* matches = d.matches + lane * d.context;
+        const bool breaks = d.breakers[lane * d.vocab + token] || (broken && broken[i]);
+        matches[last] = 0;
+        for (int64_t at = last - 1; at >= 0; --at) {
+            const int32_t before = at > 0 ? matches[at - 1] : 0;
+            matches[at] = tokens[at] == token && !breaks ? before + 1 : 0;
+        }
+    }
+}
+
+// In place, where the multiplier is above 0.
+void penalise_matches(const Rows& rows, const int64_t* lanes, const int64_t* positions, const Dry& d) {
+    // e to this is the largest float. A power beyond it would be infinite; a base of 1 has none.
+    constexpr float largest_exponent = 88.72283905206835f;
+#pragma omp parallel for if (rows.count > 1)
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const int64_t lane = lanes[r], length = positions[r] + 1;
+        const float multiplier = d.multiplier[lane], base = d.base[lane];
+        if (!(multiplier > 0)) continue;
+        const int64_t allowed = d.allowed[lane], last_n = d.last_n[lane];
+        const int64_t begin = last_n < 0 ? 0 : larger(length - last_n, (int64_t)0);
+        const int32_t *tokens = d.tokens + lane * d.context, *matches = d.matches + lane * d.context;
+        int32_t* longest = d.longest + lane * d.vocab;
+        float* row = const_cast<float*>(rows.at(r));
+        // Calls work(token, match) for the matches that count. One that ends before a token reaches
+        // back to `begin` at most.
+        auto each = [&](auto work) INLINE_LAMBDA {
+            for (int64_t at = begin + 1; at < length; ++at) {
+                const int32_t match = (int32_t)smaller((int64_t)matches[at - 1], at - begin);
+                if (match >= allowed) work(tokens[at], match);
+            }
+        };
+        each([&](int32_t token, int32_t) INLINE_LAMBDA { longest[token] = 0; });
+        each([&](int32_t token, int32_t match) INLINE_LAMBDA {
+            longest[token] = larger(longest[token], match);
+        });
+        const float most = std::floor(largest_exponent / std::log(base));
+        each([&](int32_t token, int32_t) INLINE_LAMBDA {
+            const int64_t exponent = longest[token] - allowed;
+            longest[token] = -1;  // so that it is done once
+            if (exponent < 0 || d.breakers[lane * d.vocab + token] || row[token] == kNegInf) return;
+            const float lowered = row[token] - multiplier * std::pow(base, smaller((float)exponent, most));
+            row[token] = larger(lowered, -FLT_MAX);  // however low, it is no ban
+        });
+    }
+}

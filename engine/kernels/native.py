@@ -160,6 +160,21 @@ class Penalties(Structure):
     )
 
 
+class Dry(Structure):
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("matches", c_void_p),
+        ("longest", c_void_p),
+        ("breakers", c_void_p),
+        ("multiplier", c_void_p),
+        ("base", c_void_p),
+        ("allowed", c_void_p),
+        ("last_n", c_void_p),
+        ("context", c_int64),
+        ("vocab", c_int64),
+    )
+
+
 class Candidates(Structure):
     _fields_ = (
         ("logits", c_void_p),
@@ -229,6 +244,8 @@ class Library:
             ("probs", None),
             ("count_tokens", None),
             ("penalise", None),
+            ("extend_matches", None),
+            ("penalise_matches", None),
             ("choose", None),
             ("keep", None),
             ("keep_above", ctypes.c_bool),
@@ -331,7 +348,7 @@ class Library:
         candidates: Tensor | None,
         known: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """`summarise` of the candidates [R, K] or, where they are `whole` [R], of rows of the logits.
+        """`summarise` of candidates [R, K], or where they are `whole` [R] of rows of the logits.
 
         Without candidates of all rows. `known` are the temperatures [R] for which the rows' own was
         computed, and what came out [2, R, 1]; both are kept up.
@@ -424,6 +441,28 @@ class Library:
             _address(lanes),
             ctypes.byref(counts),
             ctypes.byref(penalties),
+        )
+
+    def extend_matches(
+        self, dry: Dry, lanes: Tensor, positions: Tensor, broken: Tensor | None
+    ) -> None:
+        """Take in lanes' [n] tokens at these positions [n], int64.
+
+        `broken` [n] bool: sequence breakers of several tokens end there; None: nowhere.
+        """
+        self._dll.logitmill_extend_matches(
+            self._isa,
+            ctypes.byref(dry),
+            _address(lanes),
+            _address(positions),
+            None if broken is None else _address(broken),
+            c_int64(len(lanes)),
+        )
+
+    def penalise_matches(self, logits: Tensor, lanes: Tensor, positions: Tensor, dry: Dry) -> None:
+        """In place: lower tokens that would extend a match; lanes, positions [R] int64."""
+        self._dll.logitmill_penalise_matches(
+            self._isa, _rows(logits), _address(lanes), _address(positions), ctypes.byref(dry)
         )
 
     def choose(

@@ -107,6 +107,16 @@ struct Penalties {  // of each lane, [L]
     const bool* prompt;  // whether the first also looks at the prompt
 };
 
+struct Dry {  // of each lane, [L, ...]; see engine/logits/dry.py
+    const int32_t* tokens;   // [L, C]
+    int32_t* matches;        // [L, C]: how long a match ends there
+    int32_t* longest;        // [L, V]: a place to work in
+    const bool* breakers;    // [L, V]: which tokens are sequence breakers
+    const float *multiplier, *base;     // [L]
+    const int64_t *allowed, *last_n;    // [L]
+    int64_t context, vocab;             // C, V
+};
+
 struct Candidates {     // of rows, K each: what stays of them, see engine/logits/candidates.py
     const float* logits;  // [R, K], best first, -inf where dropped
     const bool *unsure, *tail, *whole;  // [R]

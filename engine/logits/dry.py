@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels import native
 from engine.lanes import Lanes
 from engine.logits.history import ANY, ends_with
 from engine.logits.stage import Transform
-from engine.numerics import NEG_INF
+from engine.numerics import NEG_INF, kernels
 from engine.types import Request, Rows
 
 _UNKNOWN = -1  # of a lane that was given to another sequence
@@ -44,6 +45,8 @@ class Dry(Transform):
         self._breakers: Tensor | None = None  # [L, V] bool: those of one token
         self._matches: Tensor | None = None  # [L, C] int32
         self._longest: Tensor | None = None  # [L, V] int32: a place to work in
+        self._tables = native.Dry()  # all of these, for the kernels
+        self._active = lanes.flags()
         self._covered = np.full(lanes.num_lanes, _UNKNOWN)
         lanes.on_fork(self._fork)
 
@@ -51,6 +54,7 @@ class Dry(Transform):
         params = request.params
         wanted = params.dry_multiplier > 0.0 and params.dry_penalty_last_n != 0
         self.multiplier[lane] = params.dry_multiplier if wanted else 0.0
+        self._active[lane] = wanted
         self.base[lane] = params.dry_base
         self.allowed[lane] = params.dry_allowed_length
         self.last_n[lane] = params.dry_penalty_last_n
@@ -68,6 +72,9 @@ class Dry(Transform):
         if self._matches is None or self._breakers is None or self._longest is None:
             return logits  # no lane has ever wanted this
         self._catch_up(rows)
+        if (library := kernels(logits)) is not None:
+            library.penalise_matches(logits, rows.lanes, rows.positions, self._tables)
+            return logits
         ids = self.lanes.tokens[rows.lanes, : rows.max_len]
         lengths = (rows.positions + 1).unsqueeze(1)
         index = torch.arange(rows.max_len, device=ids.device)
@@ -101,7 +108,7 @@ class Dry(Transform):
 
     def _catch_up(self, rows: Rows) -> None:
         lanes, ends = np.asarray(rows.host_lanes), np.asarray(rows.host_positions) + 1
-        wanting = (self.multiplier.values[rows.lanes] > 0.0).cpu().numpy()
+        wanting = self._active[lanes]
         for row in np.flatnonzero(wanting & (self._covered[lanes] == _UNKNOWN)).tolist():
             self._recount(rows.host_lanes[row], rows.host_positions[row])
         covered = self._covered[lanes]
@@ -116,18 +123,28 @@ class Dry(Transform):
         """Take in the tokens at `positions` [R], at most `last`, of some lanes."""
         assert self._matches is not None
         assert self._breakers is not None
+        broken = self._broken(lanes, positions) if len(self.long_breakers.lanes) else None
+        if lanes.is_cpu and (library := native.LIBRARY) is not None:
+            library.extend_matches(self._tables, lanes, positions, broken)
+            return
         tokens = self.lanes.tokens[lanes, : last + 1]
         new = tokens.gather(1, positions.unsqueeze(1))
         breaks = self._breakers[lanes, new.squeeze(1).long()]
-        row, final, leading = self.long_breakers.of(lanes)
-        done = new[row, 0] == final
-        begins = torch.zeros_like(row)
-        done &= ends_with(self.lanes, lanes[row], positions[row], leading, begins)
-        breaks[row[done]] = True
+        if broken is not None:
+            breaks |= broken
         before = torch.nn.functional.pad(self._matches[lanes, :last], (1, 0))
         index = torch.arange(last + 1, device=tokens.device)
         goes_on = (tokens == new) & (index < positions.unsqueeze(1)) & ~breaks.unsqueeze(1)
         self._matches[lanes, : last + 1] = torch.where(goes_on, before + 1, 0)
+
+    def _broken(self, lanes: Tensor, positions: Tensor) -> Tensor:
+        """Where sequence breakers of several tokens end at these positions [R], [R] bool."""
+        new = self.lanes.tokens[lanes, positions]
+        row, final, leading = self.long_breakers.of(lanes)
+        begins = torch.zeros_like(row)
+        done = ends_with(self.lanes, lanes[row], positions[row], leading, begins)
+        done &= new[row] == final
+        return torch.zeros_like(new, dtype=torch.bool).index_fill_(0, row[done], True)
 
     def _recount(self, lane: int, position: int) -> None:
         """Find the matches of what a lane began with, but not of what came after `position`."""
@@ -166,6 +183,18 @@ class Dry(Transform):
         self._breakers = torch.zeros(size, vocab_size, dtype=torch.bool, device=device)
         self._matches = torch.zeros_like(self.lanes.tokens)
         self._longest = torch.zeros(size, vocab_size, dtype=torch.int32, device=device)
+        self._tables = native.Dry(
+            tokens=self.lanes.tokens.data_ptr(),
+            matches=self._matches.data_ptr(),
+            longest=self._longest.data_ptr(),
+            breakers=self._breakers.data_ptr(),
+            multiplier=self.multiplier.values.data_ptr(),
+            base=self.base.values.data_ptr(),
+            allowed=self.allowed.values.data_ptr(),
+            last_n=self.last_n.values.data_ptr(),
+            context=self.lanes.tokens.shape[1],
+            vocab=vocab_size,
+        )
 
     def _fork(self, parents: list[int], children: list[int]) -> None:
         self._covered[children] = self._covered[parents]
