@@ -44,7 +44,7 @@ class Surroundings:
 
     def of(self, members: Seq[Member]) -> Beside | None:
         """None if no row wants anything."""
-        if not any(one.request.looks_beside for one in members):
+        if not any(one.group.looks_beside for one in members):
             return None
         reads_attention = any(one.request.params.reads_attention for one in members)
         companions, companion_of = self._companions(members)

@@ -216,7 +216,7 @@ class EngineCore:
             self.device,
         )
         last = [forwarded.last_rows[id(one.computed)] for one in members]
-        hidden = forwarded.hidden[integers(last, self.device)]
+        hidden = forwarded.hidden.index_select(0, integers(last, self.device))
         # What lies behind the vocabulary are rows of the embedding that no token has.
         raw = self.model.logits(hidden)[:, : self.vocab_size]
         if (beside := around.of(members)) is not None:
@@ -397,9 +397,8 @@ class EngineCore:
             last = min(first + size, end)
             offset = forwarded.first_rows[id(chunk.sequence)] - chunk.start
             logits = self.model.logits(forwarded.hidden[offset + first : offset + last])
-            logits = logits[:, : self.vocab_size]
+            logits = bounded(logits[:, : self.vocab_size])
             top, _ = scan(logits)
-            logits = bounded(logits, top)
             if bool(top.isnan().any()):
                 raise GenerationFailed("the model's logits are not numbers")
             ids = torch.tensor(request.prompt_ids[first + 1 : last + 1], device=self.device)

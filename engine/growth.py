@@ -6,7 +6,7 @@ from engine.types import NO_VALID_TOKEN, FinishReason, Request, Sequence, Token
 
 def grow(request: Request, sequence: Sequence, branch: Branch) -> None:
     """Append a branch's tokens to a sequence, which may end by one of them."""
-    if branch.settle:
+    if branch.settle and sequence.pending:
         _settle(request, sequence)
     for token in branch.tokens:
         if sequence.finish_reason is not None:

@@ -184,7 +184,9 @@ class Lanes:
 
     def append(self, lanes: list[int], positions: list[int], token_ids: list[int]) -> None:
         """Add tokens to several lanes' histories, in one write."""
-        if lanes:
+        if lanes and self.device == "cpu":
+            self.tokens.numpy()[lanes, positions] = token_ids  # in a quarter of torch's time
+        elif lanes:
             at = integers([lanes, positions, token_ids], self.device)
             self.tokens[at[0], at[1]] = at[2].to(torch.int32)
 

@@ -65,9 +65,9 @@ def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top[:, 0], block * BLOCK + _first(inside == top)
 
 
-def bounded(logits: Tensor, top: Tensor) -> Tensor:
-    """The rows, of which `top` [R] are the largest entries, with +inf as the largest float."""
-    return logits if known_finite(top) else logits.clamp(max=torch.finfo(torch.float32).max)
+def bounded(logits: Tensor) -> Tensor:
+    """The rows with +inf as the largest float."""
+    return logits.clamp(max=torch.finfo(torch.float32).max)
 
 
 def known_finite(values: Tensor) -> bool:

@@ -128,9 +128,9 @@ class Runner:
         rows: list[int] = []
         places: dict[tuple[int, int], int] = {}
         for chunk in chunks:
-            request, sequence = chunk.group.request, chunk.sequence
-            if not request.probes or self.index:
+            if not chunk.group.probes or self.index:
                 continue
+            request, sequence = chunk.group.request, chunk.sequence
             wanted = [position - 1 for position in request.explained]
             if wanted and request.params.reads_layers:
                 # A filter with feedback looks at all output tokens before the last one too.

@@ -88,6 +88,7 @@ class Sampler:
         self.watched = lanes.flags()  # whose filters want signals
         self.unnormalised = lanes.flags()  # whose candidates' logits are scores already
         self.reads_raw = lanes.flags()  # who is shown the model's logits as they were
+        self.asked = lanes.flags()  # for anything of these but a token
 
     def admit(self, lane: int, request: Request, wants: Wants = _NOTHING) -> None:
         """Give the lane a request's parameters, and what its strategy wants to see of a row."""
@@ -105,6 +106,8 @@ class Sampler:
         self.common.admit(lane, greedy=request.params.greedy, seen=seen)
         reports = self.mode.raw and (self.logprobs[lane] >= 0 or wants.top > 0)
         self.reads_raw[lane] = reports or request.trace is not None or wants.logits
+        self.asked[lane] = self.watched[lane] or self.reads_raw[lane] or wants.top > 0
+        self.asked[lane] |= self.logprobs[lane] >= 0
 
     def fork(self, parents: list[int], children: list[int]) -> None:
         self.pipeline.fork(parents, children)
@@ -127,11 +130,14 @@ class Sampler:
             raw_top, _ = scan(raw)
         else:
             raw_top, chosen, drawn = self.common.choose(raw, rows)
-        raw = bounded(raw, raw_top)
-        rows = self._with_signals(raw, rows)
-        shown = bool(self.reads_raw[rows.host_lanes].any())
-        logits, top, sound = raw, raw_top, known_finite(raw_top)
+        sound = known_finite(raw_top)
+        raw = raw if sound else bounded(raw)
+        asked = bool(self.asked[rows.host_lanes].any())
+        if asked:
+            rows = self._with_signals(raw, rows)
+        logits, top = raw, raw_top
         if transformed:
+            shown = asked and bool(self.reads_raw[rows.host_lanes].any())
             logits = self.pipeline.transform(raw, rows, in_place=not shown)
             top, chosen, drawn = self.common.choose(logits, rows)
             sound = sound and known_finite(top)
@@ -165,10 +171,12 @@ class Sampler:
             chosen = torch.where(chosen == NOT_A_NUMBER, chosen, forced)
             tokens = chosen if drawn else tokens
         token_ids: list[int] = chosen.tolist()
-        traces = self._traces(raw, rows, token_ids)
+        traces = self._traces(raw, rows, token_ids) if asked else {}
         for filtered in parts:
             whole = filtered.subset is None
             self.pipeline.observe(filtered, tokens if whole else tokens[filtered.subset])
+        if not asked:
+            return Samples(token_ids, {}, logits=logits)
         return Samples(
             token_ids,
             self._report(raw, processed, chosen, rows),

@@ -202,4 +202,4 @@ class Settled:
 
 
 def _with_text(token: Token, text: str) -> Token:
-    return token._replace(text=text)
+    return Token(token.id, text, *token[2:])  # a third of the time of _replace

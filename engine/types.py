@@ -304,6 +304,13 @@ class Group:
     num_preemptions: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
+    # What the request says, asked in every step.
+    probes: bool = field(init=False)
+    looks_beside: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.probes = self.request.probes
+        self.looks_beside = self.request.looks_beside
 
     @property
     def thinks(self) -> bool:
@@ -460,8 +467,9 @@ class Rows:
 
     @classmethod
     def build(cls, lanes: list[int], positions: list[int], device: str) -> "Rows":
-        both = integers([lanes, positions], device)
-        return cls(lanes, positions, max(positions, default=-1) + 1, both[0], both[1])
+        its_lanes, its_positions = integers([lanes, positions], device).unbind()
+        max_len = max(positions, default=-1) + 1
+        return cls(lanes, positions, max_len, its_lanes, its_positions)
 
     def __len__(self) -> int:
         return len(self.host_lanes)

@@ -466,20 +466,20 @@ class Library:
         )
 
     def choose(
-        self, logits: Tensor, lanes: Tensor, positions: Tensor, columns: Sequence[Tensor]
+        self, logits: Tensor, lanes: Tensor, positions: Tensor, columns: Choice
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The largest entry of each row, NaN if it holds one, and a token, [R] both.
 
         Also which rows [R] bool are late: that is then only the lowest id with the largest entry,
-        and the token is still to be chosen. lanes, positions [R] int64. The columns [L] say of each
-        lane whether it is greedy, and whether it has no filters but the following; its seed,
-        temperature, ln `min_p`, `top_k` and the largest mass that may stand above a token.
+        and the token is still to be chosen. lanes, positions [R] int64; the columns are what
+        `choice` made.
         """
         top, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         late = torch.empty(len(logits), dtype=torch.bool)
-        told = lanes, positions, *columns, top, ids, late
-        choice = Choice(_rows_of(logits), *(_address(its) for its in told))
-        self._dll.logitmill_choose(self._isa, ctypes.byref(choice))
+        columns.rows = _rows_of(logits)
+        columns.lanes, columns.positions = _address(lanes), _address(positions)
+        columns.top, columns.ids, columns.late = _address(top), _address(ids), _address(late)
+        self._dll.logitmill_choose(self._isa, ctypes.byref(columns))
         return top, ids, late
 
     def keep(self, before: Before, mask: Tensor, inside: Tensor) -> After:
@@ -653,6 +653,16 @@ class Library:
             c_int64(matrix.bits),
             c_void_p(matrix.panels),
         )
+
+
+def choice(**columns: Tensor) -> Choice:
+    """What `choose` needs to know of each lane, [L]; the tensors must outlive what is made here.
+
+    Whether it is `greedy`, and whether it has only `common` filters, which are the others: its
+    seed, temperature, ln `min_p`, `top_k`, and as `top_p` the largest mass that may stand above a
+    token.
+    """
+    return Choice(**{name: _address(column) for name, column in columns.items()})
 
 
 def _address(tensor: Tensor) -> c_void_p:

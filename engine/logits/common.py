@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.kernels import native
 from engine.lanes import Lanes
 from engine.logits.min_p import MinP
 from engine.logits.pipeline import Pipeline
@@ -34,14 +35,14 @@ class Common:
         assert isinstance(top_k, TopK)
         assert isinstance(top_p, TopP)
         self._dynamic = temperature.dynamic
-        self._columns = (
-            torch.from_numpy(self.greedy),
-            torch.from_numpy(self._only),
-            lanes.seeds,
-            temperature.temperature.values,
-            min_p.log_min_p.values,
-            top_k.top_k.values,
-            top_p.limit.values,
+        self._columns = native.choice(
+            greedy=torch.from_numpy(self.greedy),
+            common=torch.from_numpy(self._only),
+            seeds=lanes.seeds,
+            temperature=temperature.temperature.values,
+            min_p=min_p.log_min_p.values,
+            top_k=top_k.top_k.values,
+            top_p=top_p.limit.values,
         )
 
     def admit(self, lane: int, *, greedy: bool, seen: bool) -> None:

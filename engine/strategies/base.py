@@ -1,8 +1,9 @@
 """What a decoding strategy is: it answers each step with branches."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,8 +21,7 @@ class Wants:
     coverage: bool = False  # how its attention is spread over the prompt
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """What a strategy sees of a step; entry i belongs to live sequence i.
 
     Where it wants them: `raw` and `logits` [m, V], the model's own and those after penalties and
@@ -29,17 +29,16 @@ class View:
     """
 
     tokens: list[Token]  # what the sampler chose, with its logprobs
-    top: list[list[Candidate]] = field(default_factory=list)  # best first
+    top: Seq[list[Candidate]] = ()  # best first
     raw: Tensor | None = None
     logits: Tensor | None = None
     hidden: Tensor | None = None
-    coverage: list[Tensor] = field(default_factory=list)
+    coverage: Seq[Tensor] = ()
     # Would this token be the last of the sequence?
     ends: Callable[[Sequence, Token], bool] = lambda _sequence, _token: False
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(NamedTuple):
     """A parent and the tokens to append to it.
 
     A parent with one branch continues, with several it is forked, with none it is dropped. The

@@ -200,11 +200,10 @@ def test_the_maximum_of_a_row_with_a_nan_is_nan(at: int) -> None:
 
 def test_infinities_become_the_largest_float_and_nothing_else_changes() -> None:
     logits = random_rows(3, 300)
-    assert bounded(logits, scan(logits)[0]) is logits
     infinite = logits.clone()
     infinite[1, 7] = float("inf")
     top, first = scan(infinite)
-    got = bounded(infinite, top)
+    got = bounded(infinite)
     assert got[1, 7] == torch.finfo(torch.float32).max
     assert (top[1], first[1]) == (float("inf"), 7)
     got[1, 7] = logits[1, 7]
