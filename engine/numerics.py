@@ -35,7 +35,7 @@ def kernels(logits: Tensor) -> native.Library | None:
     return native.LIBRARY if fits else None
 
 
-def some(logits: Tensor, index: Tensor | None) -> Tensor:
+def pick(logits: Tensor, index: Tensor | None) -> Tensor:
     """With an `index` [r] int64 a copy of those rows, else all."""
     return logits if index is None else logits.index_select(0, index)
 
@@ -85,7 +85,7 @@ def block_masses(
     """
     if (library := kernels(logits)) is not None:
         return library.measure(logits, 1.0 / temperature, index)
-    logits = some(logits, index)
+    logits = pick(logits, index)
     top, _ = scan(logits)
     z = logits - top.unsqueeze(1)
     e = (z / temperature.unsqueeze(1)).exp_()
@@ -143,7 +143,7 @@ def count_finite(logits: Tensor, index: Tensor | None = None) -> Tensor:
     """How many entries of each row are not -inf, [R, 1] int64."""
     if (library := kernels(logits)) is not None:
         return library.count(logits, index).unsqueeze(1)
-    return (some(logits, index) > NEG_INF).sum(1, keepdim=True)
+    return (pick(logits, index) > NEG_INF).sum(1, keepdim=True)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def deviation(logits: Tensor, index: Tensor | None = None) -> Tensor:
     """
     if (library := kernels(logits)) is not None:
         return library.deviation(logits, index).unsqueeze(1)
-    logits = some(logits, index)
+    logits = pick(logits, index)
     alive = logits > NEG_INF
     count = row_sum(alive.float())
     mean = (row_sum(torch.where(alive, logits, 0.0)) / count).float()
@@ -226,7 +226,7 @@ def best(logits: Tensor, width: int, index: Tensor | None = None) -> tuple[Tenso
     width = min(width, logits.shape[1])
     if (library := kernels(logits)) is not None:
         return library.select(logits, width, index)
-    logits = some(logits, index)
+    logits = pick(logits, index)
     if width == logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True)
     values, ids = logits.topk(width + 1)

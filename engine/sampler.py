@@ -88,7 +88,7 @@ class Sampler:
         self.watched = lanes.flags()  # whose filters want signals
         self.unnormalised = lanes.flags()  # whose candidates' logits are scores already
         self.reads_raw = lanes.flags()  # who is shown the model's logits as they were
-        self.asked = lanes.flags()  # for anything of these but a token
+        self.asked = lanes.flags()  # of whom more is wanted to know of a row than its token
 
     def admit(self, lane: int, request: Request, wants: Wants = _NOTHING) -> None:
         """Give the lane a request's parameters, and what its strategy wants to see of a row."""

@@ -15,8 +15,8 @@ from engine.numerics import (
     cut_,
     deviation,
     kernels,
+    pick,
     rank,
-    some,
     summarise,
 )
 
@@ -83,7 +83,7 @@ class Candidates:
     @cached_property
     def raw(self) -> Tensor:
         """Without what was dropped, in rows whose tails stay: [R, V]."""
-        return some(self._source, self._index)
+        return pick(self._source, self._index)
 
     def raw_rows(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Some rows [r] of `raw`, as a tensor that has them and an index for it; None: all of it.

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter, Stage, Transform
-from engine.numerics import NEG_INF, scan, some
+from engine.numerics import NEG_INF, pick, scan
 from engine.types import Request, Rows
 
 
@@ -158,7 +158,7 @@ def run_transforms(
     """
     soft = [stage for stage in stages if isinstance(stage, Transform) and stage.soft_ban]
     if index is not None:
-        logits = some(given, index)
+        logits = pick(given, index)
     else:
         logits = given if in_place and not soft else given.clone()
     for stage in stages:
