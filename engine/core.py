@@ -18,7 +18,7 @@ from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.models.base import Model
-from engine.numerics import bounded, integers, scan
+from engine.numerics import bounded, integers, known_finite, scan
 from engine.runner import Forwarded, Runner
 from engine.sampler import Sampler, Samples, report
 from engine.scheduler import Scheduler
@@ -397,8 +397,9 @@ class EngineCore:
             last = min(first + size, end)
             offset = forwarded.first_rows[id(chunk.sequence)] - chunk.start
             logits = self.model.logits(forwarded.hidden[offset + first : offset + last])
-            logits = bounded(logits[:, : self.vocab_size])
+            logits = logits[:, : self.vocab_size]
             top, _ = scan(logits)
+            logits = logits if known_finite(top) else bounded(logits)
             if bool(top.isnan().any()):
                 raise GenerationFailed("the model's logits are not numbers")
             ids = torch.tensor(request.prompt_ids[first + 1 : last + 1], device=self.device)

@@ -65,6 +65,12 @@ def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top[:, 0], block * BLOCK + _first(inside == top)
 
 
+def within(values: Tensor) -> Tensor:
+    """In place: infinities as the largest and the lowest float."""
+    largest = torch.finfo(torch.float32).max
+    return values.clamp_(-largest, largest)
+
+
 def bounded(logits: Tensor) -> Tensor:
     """The rows with +inf as the largest float."""
     return logits.clamp(max=torch.finfo(torch.float32).max)
@@ -103,7 +109,7 @@ def summarise(logits: Tensor, temperature: Tensor, index: Tensor | None = None) 
         return library.summarise(logits, temperature.contiguous(), index)
     top, mass, moment = block_masses(logits, temperature, index)
     total = mass.double().sum(1)
-    scaled = (top / temperature).double()
+    scaled = within(top / temperature).double()
     entropy = total.log() - moment.double().sum(1) / total / temperature
     return torch.stack((total.log() + scaled, entropy)).unsqueeze(2)
 

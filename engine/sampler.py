@@ -37,6 +37,7 @@ from engine.numerics import (
     moments,
     row_sum,
     scan,
+    within,
 )
 from engine.rng import Domain, gumbel, uniform, winner
 from engine.strategies.base import Wants
@@ -156,7 +157,7 @@ class Sampler:
             everyone = len(drawn) == len(rows)
             index = torch.tensor(drawn, device=raw.device)
             source = logits
-            if valid is not None and not bool(valid.all()):
+            if valid is not None and not bool(valid[index].all()):
                 # The others are drawn from all the same, and not used.
                 source = torch.where(valid.unsqueeze(1), logits, 0.0)
             its = rows if everyone else rows.select(drawn, index)
@@ -400,7 +401,8 @@ def draw_dense(
     valid = ids < logits.shape[1]
     row = torch.arange(len(seeds), device=logits.device) if index is None else index
     entries = logits[row.unsqueeze(1), ids.clamp(max=logits.shape[1] - 1)]
-    inside = entries / temperature.unsqueeze(1)
+    valid &= entries > NEG_INF
+    inside = within(entries / temperature.unsqueeze(1))
     token = winner(torch.where(valid, inside, NEG_INF), seeds, positions, ids, Domain.TOKEN)
     return ids.gather(1, token).squeeze(1)
 

@@ -15,7 +15,7 @@ INLINE int64_t draw_dense(const float* row, int64_t vocab, float top, float temp
     auto same = [](int64_t block) INLINE_LAMBDA { return block; };
     const int64_t first =
         kBlock * winner(count_blocks(vocab), mass, same, seed, position, kBlockNoise);
-    auto value = [&](int64_t i) INLINE_LAMBDA { return row[first + i] / temperature; };
+    auto value = [&](int64_t i) INLINE_LAMBDA { return scaled(row[first + i], temperature); };
     auto id = [&](int64_t i) INLINE_LAMBDA { return first + i; };
     const int64_t size = smaller(kBlock, vocab - first);
     return first + winner(size, value, id, seed, position, kTokenNoise);
@@ -37,7 +37,7 @@ INLINE int64_t sample(const Choice& c, int64_t r, float top, const Search& searc
     float z[kCandidates], probs[kCandidates];
     int64_t ids[kCandidates];
     search.best(row, vocab, k, z, ids);
-    for (int64_t i = 0; i < k; ++i) z[i] = smaller(z[i] / temperature, FLT_MAX);
+    for (int64_t i = 0; i < k; ++i) z[i] = scaled(z[i], temperature);
     int64_t left = k;  // what is kept are always the first ones
     while (z[left - 1] == kNegInf) --left;
     bool whole = true;  // nothing has been dropped

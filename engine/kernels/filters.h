@@ -61,6 +61,11 @@ INLINE int64_t count_inside(const float* probs, int64_t count, float limit, floa
     return inside;
 }
 
+// A logit by a temperature: finite where that would be too large for a float, or too low.
+INLINE float scaled(float z, float temperature) {
+    return z == kNegInf ? z : larger(smaller(z / temperature, FLT_MAX), -FLT_MAX);
+}
+
 // What a filter says of a row: whether it drops anything at all, and whether it was decided without
 // the tail.
 struct Verdict {
@@ -96,7 +101,7 @@ bool keep_above_rows(const Candidates& c, const float* floor, const float* best,
                      const float* temperature, bool* cut) {
     bool any = false;
     for (int64_t r = 0; r < c.rows; ++r) {
-        const float least = smaller(best[(r + 1) * c.k - 1] / temperature[r], FLT_MAX);
+        const float least = scaled(best[(r + 1) * c.k - 1], temperature[r]);
         cut[r] = c.active[r] && least >= floor[r];
     }
     filter_rows(c, [&](int64_t r, const float* row, float* kept) INLINE_LAMBDA {

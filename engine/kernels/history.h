@@ -1,4 +1,10 @@
-// What looks at the tokens so far. The files of engine/logits that have these names are the reference.
+// What looks at the tokens so far. In engine/logits counts.py, penalties.py and dry.py are the reference.
+
+// Rounded before anything is added to it, as torch does: not one operation with what follows.
+INLINE float product(float a, float b) {
+    volatile float rounded = a * b;
+    return rounded;
+}
 
 // Count a lane's token at `position` once more, or once less.
 INLINE void count_token(const Counts& c, int64_t lane, int64_t position, int32_t amount) {
@@ -34,7 +40,7 @@ void penalise_rows(const Rows& rows, const int64_t* lanes, const Counts& c, cons
             float& score = row[c.ids[at]];
             if ((of.prompt[lane] ? c.seen[at] : c.generated[at]) > 0)
                 score = score > 0 ? score / repetition : score * repetition;
-            if (c.generated[at] > 0) score = score - frequency * (float)c.generated[at] - presence;
+            if (c.generated[at] > 0) score = score - product(frequency, (float)c.generated[at]) - presence;
         }
     }
 }
@@ -87,7 +93,8 @@ void penalise_matches(const Rows& rows, const int64_t* lanes, const int64_t* pos
             const int64_t exponent = longest[token] - allowed;
             longest[token] = -1;  // so that it is done once
             if (exponent < 0 || d.breakers[lane * d.vocab + token] || row[token] == kNegInf) return;
-            const float lowered = row[token] - multiplier * std::pow(base, smaller((float)exponent, most));
+            const float power = std::pow(base, smaller((float)exponent, most));
+            const float lowered = row[token] - product(multiplier, power);
             row[token] = larger(lowered, -FLT_MAX);  // however low, it is no ban
         });
     }

@@ -348,10 +348,10 @@ class Library:
         candidates: Tensor | None,
         known: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """`summarise` of candidates [R, K], or where they are `whole` [R] of rows of the logits.
+        """`summarise` of the rows of the logits that are `whole` [R], and of others' candidates.
 
-        Without candidates of all rows. `known` are the temperatures [R] for which the rows' own was
-        computed, and what came out [2, R, 1]; both are kept up.
+        These are [R, K]; None: all rows are whole. `known` are the temperatures [R] for which the
+        rows' own was computed, and what came out [2, R, 1]; both are kept up.
         """
         summary = torch.empty(2, len(temperature), 1, dtype=torch.float64)
         self._dll.logitmill_update_summaries(
@@ -470,9 +470,9 @@ class Library:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The largest entry of each row, NaN if it holds one, and a token, [R] both.
 
-        Also which rows [R] bool are late: that is then only the lowest id with the largest entry,
-        and the token is still to be chosen. lanes, positions [R] int64; the columns are what
-        `choice` made.
+        Last which rows are late, [R] bool: their tokens are still to be chosen, and what stands
+        there is the lowest id with the largest entry. lanes, positions [R] int64; the columns are
+        what `choice` made.
         """
         top, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         late = torch.empty(len(logits), dtype=torch.bool)
@@ -484,6 +484,7 @@ class Library:
 
     def keep(self, before: Before, mask: Tensor, inside: Tensor) -> After:
         """Keep where a mask [R, K] says so; `inside` [R, 1]: that does not depend on the tail."""
+        assert mask.dtype == inside.dtype == torch.bool
         candidates, after = _candidates(before)
         self._dll.logitmill_keep(self._isa, candidates, _address(mask), _address(inside))
         return after
@@ -497,6 +498,7 @@ class Library:
         temperature [R]. Also in which rows [R] the tail stays, but is to be cut at the floor; None:
         in no row.
         """
+        assert floor.dtype == best.dtype == temperature.dtype == torch.float32
         candidates, after = _candidates(before)
         cut = torch.empty_like(before[1])
         args = _address(floor), _address(best), _address(temperature), _address(cut)
@@ -505,12 +507,14 @@ class Library:
 
     def keep_first(self, before: Before, count: Tensor) -> After:
         """Keep the `count` [R, 1] int64 best ones that are left."""
+        assert count.dtype == torch.int64
         candidates, after = _candidates(before)
         self._dll.logitmill_keep_first(self._isa, candidates, _address(count))
         return after
 
     def keep_mass(self, before: Before, probs: Tensor, limit: Tensor) -> After:
         """Keep those above which no more than a mass of `limit` [R, 1] is ranked."""
+        assert probs.dtype == limit.dtype == torch.float32
         candidates, after = _candidates(before)
         args = _address(probs), _address(limit)
         self._dll.logitmill_keep_mass(self._isa, candidates, *args)

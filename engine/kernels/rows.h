@@ -244,7 +244,7 @@ void measure_rows(const Rows& rows, const float* factor, float* top, float* mass
 
 // ln Σ exp(z / temperature).
 INLINE double total(const Distribution& its, float temperature) {
-    return std::log(its.mass) + its.top / temperature;
+    return std::log(its.mass) + larger(smaller(its.top / temperature, FLT_MAX), -FLT_MAX);
 }
 
 // `total` of row r, whose largest entry is `top`, and its entropy: summary [2, R].

@@ -18,6 +18,7 @@ from engine.numerics import (
     pick,
     rank,
     summarise,
+    within,
 )
 
 WIDTH = 256
@@ -34,7 +35,7 @@ class Candidates:
     definition of what is right.
 
     The distribution is that of everything not dropped yet, the tail included. A shallow copy keeps
-    it as it is now: changes put new tensors in the place of old ones.
+    it as it is now: changes put new tensors in the place of old ones, or know which are shared.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Candidates:
 
         Every row needs a finite entry.
         """
+        if index is not None and kernels(logits) is None:
+            logits, index = logits[index], None  # which would be done for each reduction
         self._source, self._index = logits, index
         self._owns_raw = False  # may `raw` be changed in place?
         self.vocab_size = logits.shape[1]
@@ -63,10 +66,11 @@ class Candidates:
         self._known_at = self.temperature
 
     def __copy__(self) -> "Candidates":
-        self._owns_raw = False  # from now on another has it, too
+        # What may be changed in place is each one's own, or changed by neither.
+        self._owns_raw = False
         other = object.__new__(Candidates)
         other.__dict__.update(self.__dict__)
-        if self._everything is not None:  # which may be kept up in place
+        if self._everything is not None:
             other._everything, other._known_at = self._everything.clone(), self._known_at.clone()
         return other
 
@@ -152,7 +156,7 @@ class Candidates:
             # Both at once, while a row is at hand.
             its = self._source, self.width, self.temperature, self._index
             self._best, self._everything = rank(*its)
-            self._known_at = self.temperature.clone()
+            self._known_at = self.temperature
         total = self.total  # of all rows as they are, if asked before anything is ranked
         if (library := kernels(self.logits)) is not None:
             return library.probs(self.logits, total)
@@ -191,8 +195,10 @@ class Candidates:
         raw, index = self.raw_rows()
         if (library := kernels(raw)) is not None:
             if self._everything is None:
-                self._known_at = torch.zeros_like(self.temperature)  # which is nowhere
+                self._known_at = torch.zeros_like(self.temperature)  # which no temperature is
                 self._everything = torch.empty(2, len(self.temperature), 1, dtype=torch.float64)
+            elif self._known_at is self.temperature:
+                self._known_at = self._known_at.clone()  # to be kept up in place
             known = self._known_at, self._everything
             its = self.temperature, self.whole, self._logits
             total, entropy = library.update_summaries(raw, index, *its, known)
@@ -409,5 +415,5 @@ def _entries(logits: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
-    """logits / temperature, finite where it would be too large for float32."""
-    return (logits / temperature).clamp_(max=torch.finfo(torch.float32).max)
+    """logits / temperature, finite where that would be too large for float32, or too low."""
+    return within(logits / temperature).masked_fill_(logits == NEG_INF, NEG_INF)

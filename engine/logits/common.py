@@ -29,20 +29,16 @@ class Common:
         self.pipeline = pipeline
         self.greedy = lanes.flags()
         self._only = lanes.flags()  # who is sampled, and has no other filters
-        temperature, min_p, top_k, top_p = (pipeline.stage(kind) for kind in _KINDS)
-        assert isinstance(temperature, Temperature)
-        assert isinstance(min_p, MinP)
-        assert isinstance(top_k, TopK)
-        assert isinstance(top_p, TopP)
+        temperature = pipeline.stage(Temperature)
         self._dynamic = temperature.dynamic
         self._columns = native.choice(
             greedy=torch.from_numpy(self.greedy),
             common=torch.from_numpy(self._only),
             seeds=lanes.seeds,
             temperature=temperature.temperature.values,
-            min_p=min_p.log_min_p.values,
-            top_k=top_k.top_k.values,
-            top_p=top_p.limit.values,
+            min_p=pipeline.stage(MinP).log_min_p.values,
+            top_k=pipeline.stage(TopK).top_k.values,
+            top_p=pipeline.stage(TopP).limit.values,
         )
 
     def admit(self, lane: int, *, greedy: bool, seen: bool) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter, Stage, Transform
 from engine.numerics import NEG_INF, pick, scan
 from engine.types import Request, Rows
+
+Kind = TypeVar("Kind", bound=Stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +123,10 @@ class Pipeline:
 
         return run_filters(wanted(rows), logits, rows, wanted, index)
 
-    def stage(self, kind: type[Stage]) -> Stage:
+    def stage(self, kind: type[Kind]) -> Kind:
         """The stage of a kind, of which there must be one."""
-        return next(stage for stage in self.stages if type(stage) is kind)
+        (its,) = (stage for stage in self.stages if isinstance(stage, kind))
+        return its
 
     def stages_of(self, lane: int) -> tuple[list[Stage], list[Stage]]:
         """The transforms and the filters that a lane wants, in its order."""

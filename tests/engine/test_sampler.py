@@ -343,6 +343,14 @@ def test_worked_logprobs() -> None:
         assert dict(top)[1] == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("others", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"tfs": 0.9}])
+def test_the_only_token_left_is_drawn_however_unlikely_it_became(others: dict[str, Any]) -> None:
+    # DRY has lowered its logit to the end of float32, and the temperature would go beyond.
+    params = {"temperature": 0.5, "dry_multiplier": 0.8, "allowed_token_ids": [6]} | others
+    spec = Spec(params, prompt=(6,) * 200)
+    assert sample_of([spec], random_rows(1, 700)).token_ids == [6]
+
+
 def test_best_of_scores_its_sequences_unasked() -> None:
     got = sample([Spec({"n": 1, "best_of": 2}), Spec({"n": 2})], ROW_A.expand(2, -1))
     ((own, top),) = got.logprobs.values()

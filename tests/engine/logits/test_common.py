@@ -61,15 +61,17 @@ class Nothing(Common):
 
 
 def rows(count: int, vocab_size: int) -> Tensor:
-    """Rows with few and many ties, bans, flat and steep ones, and ones with large numbers."""
+    """Rows with few and many ties, bans, flat and steep ones, and ones near the ends of float32."""
     smooth = random_rows(count, vocab_size)
     banned = smooth.masked_fill(random_rows(count, vocab_size).roll(7, 1) < 0.5, NEG_INF)
     banned[:, vocab_size // 3] = 0.5
-    kinds = (smooth, smooth * 5, smooth.round(), (smooth * 6).round() / 2, banned, smooth / 50)
+    low = torch.full_like(smooth, NEG_INF)  # by a temperature below 1, too low for float32
+    low[:, -1] = -3e38
+    low[::3, -3:] = torch.tensor([-3.1e38, -3.2e38, -3.1e38])
     hard = hard_rows(vocab_size)
-    return torch.stack(
-        [kinds[i % 7][i] if i % 7 < len(kinds) else hard[i % len(hard)] for i in range(count)]
-    )
+    kinds = (smooth, smooth * 5, smooth.round(), (smooth * 6).round() / 2, banned, smooth / 50, low)
+    kinds += (hard.repeat(-(-count // len(hard)), 1),)
+    return torch.stack([kinds[i % len(kinds)][i // len(kinds) % count] for i in range(count)])
 
 
 @LIBRARIES
