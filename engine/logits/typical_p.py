@@ -17,7 +17,6 @@ class TypicalP(Filter):
     """
 
     fields = ("typical_p",)
-    widening = 64  # a flat row has tokens as surprising as its entropy far down
 
     def __init__(self, lanes: Lanes) -> None:
         self.typical_p = lanes.column(torch.float32, neutral=1.0)
