@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.kernels import native
 from engine.logits.penalties import Penalties
 from tests.support.logits import ROW_A, Spec, apply, bits, histories, random_rows
 
@@ -119,29 +118,6 @@ def test_a_penalty_outside_float32_gives_numbers_and_keeps_its_meaning(theta: fl
     best = max(range(4), key=got.__getitem__)
     assert (best, got[best] > got[3]) == (0, True)
     assert (got[1] > 2.0) == (theta < 1)
-
-
-def test_the_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(5)
-    specs = [
-        Spec(
-            {
-                "repetition_penalty": rng.choice([1.0, 0.7, 1.3]),
-                "frequency_penalty": rng.choice([0.0, 0.3, -1.1]),
-                "presence_penalty": rng.choice([0.0, 0.7]),
-                "penalty_last_n": rng.choice([-1, 5, 30]),
-                "penalty_prompt": rng.random() < 0.5,
-            },
-            prompt=rng.choices(range(300), k=rng.randint(1, 60)),
-            output=rng.choices(range(40), k=rng.randint(0, 60)),
-        )
-        for _ in range(60)
-    ]
-    logits = random_rows(len(specs), 300) * 3
-    got = apply(Penalties, specs, logits)
-    monkeypatch.setattr(native, "LIBRARY", None)
-    assert torch.equal(got, apply(Penalties, specs, logits))
-    assert (got != logits).any(1).sum() > 50
 
 
 def test_without_a_window_nothing_is_penalised() -> None:
