@@ -202,4 +202,4 @@ class Settled:
 
 
 def _with_text(token: Token, text: str) -> Token:
-    return Token(token.id, text, *token[2:])  # a third of the time of _replace
+    return Token(token.id, text, *token[2:])  # _replace takes nearly twice as long

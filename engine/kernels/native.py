@@ -705,7 +705,8 @@ def _candidates(before: Before) -> tuple[Any, After]:
         _address(kept),
         _address(flags),
     )
-    return ctypes.byref(args), (kept, *flags.unbind())  # type: ignore[return-value]
+    unsure, tail, whole = flags.unbind()
+    return ctypes.byref(args), (kept, unsure, tail, whole)
 
 
 def _best_of(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

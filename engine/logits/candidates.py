@@ -46,7 +46,7 @@ class Candidates:
         Every row needs a finite entry.
         """
         if index is not None and kernels(logits) is None:
-            logits, index = logits[index], None  # which would be done for each reduction
+            logits, index = pick(logits, index), None  # once, not for each reduction
         self._source, self._index = logits, index
         self._owns_raw = False  # may `raw` be changed in place?
         self.vocab_size = logits.shape[1]

@@ -284,6 +284,24 @@ def test_rows_may_lie_apart() -> None:
     assert torch.equal(deviation(part), deviation(copy))
 
 
+def test_rows_at_an_index_are_reduced_where_they_are() -> None:
+    logits, index = random_rows(8, 700), torch.tensor([5, 0, 5, 7])
+    logits[0, ::3] = NEG_INF
+    temperature = torch.tensor([0.5, 1.0, 2.0, 1.5])
+    some = logits[index]
+    pairs = [
+        (best(logits, 50, index), best(some, 50)),
+        (block_masses(logits, temperature, index), block_masses(some, temperature)),
+        (summarise(logits, temperature, index), summarise(some, temperature)),
+        (rank(logits, 50, temperature, index)[1], rank(some, 50, temperature)[1]),
+        ([deviation(logits, index)], [deviation(some)]),
+        ([count_finite(logits, index)], [count_finite(some)]),
+    ]
+    for got, want in pairs:
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_the_kernels_are_used_only_for_what_they_can_read() -> None:
     rows = random_rows(2, 300)
     assert numerics.kernels(rows.double()) is None

@@ -25,12 +25,12 @@ from tests.support.logits import (
     ROW_A,
     Spec,
     kept,
-    lanes_for,
     new_lanes,
     place,
     process,
     random_rows,
     rows_of,
+    sampler_for,
     several_threads,
 )
 from tests.support.scripted import ScriptedModel, pseudo_random
@@ -236,10 +236,7 @@ def test_an_infinite_entry_is_drawn_before_all_others() -> None:
 
 def sample_of(specs: Sequence[Spec], raw: Tensor, mode: str = "raw_logprobs") -> Samples:
     """What the sampler makes of these sequences' rows, which it may write to."""
-    lanes, lane_ids = lanes_for(specs, raw.shape[1])
-    sampler = Sampler(lanes, Pipeline(STAGES, lanes), LogprobsMode(mode))
-    for lane, spec in zip(lane_ids, specs, strict=True):
-        place(lanes, lane, spec, sampler)
+    sampler, lane_ids = sampler_for(specs, raw.shape[1], LogprobsMode(mode))
     return sampler(raw, rows_of(specs, lane_ids))
 
 

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.config import LogprobsMode
 from engine.lanes import Lanes
+from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline, dense, run_filters
 from engine.logits.stage import Stage, Transform
 from engine.numerics import NEG_INF
 from engine.params import EXCLUDES, NEEDS, SamplingParams
-from engine.sampler import kl_divergence
+from engine.sampler import Sampler, kl_divergence
 from engine.types import Beside, Request, Rows, Signals
 from engine.vocabulary import Vocabulary
 
@@ -187,6 +189,17 @@ def lanes_for(specs: Sequence[Spec], vocab_size: int) -> tuple[Lanes, list[int]]
     lanes = new_lanes(len(specs) + 3, longest + 2)
     lanes.tokens.random_(0, vocab_size, generator=generator)
     return lanes, torch.randperm(lanes.num_lanes, generator=generator)[: len(specs)].tolist()
+
+
+def sampler_for(
+    specs: Sequence[Spec], vocab_size: int, mode: LogprobsMode = LogprobsMode.RAW_LOGPROBS
+) -> tuple[Sampler, list[int]]:
+    """A sampler with all stages that knows these sequences, and the lane of each."""
+    lanes, lane_ids = lanes_for(specs, vocab_size)
+    sampler = Sampler(lanes, Pipeline(STAGES, lanes, ORDERS), mode)
+    for lane, spec in zip(lane_ids, specs, strict=True):
+        place(lanes, lane, spec, sampler)
+    return sampler, lane_ids
 
 
 def rows_of(specs: Iterable[Spec], lane_ids: list[int]) -> Rows:

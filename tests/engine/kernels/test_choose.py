@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import LogprobsMode
 from engine.kernels import native
-from engine.logits import ORDERS, STAGES
 from engine.logits.common import Common
-from engine.logits.pipeline import Pipeline
 from engine.numerics import NEG_INF
-from engine.sampler import Sampler
 from tests.support.kernels import libraries
-from tests.support.logits import Spec, hard_rows, lanes_for, place, random_rows, rows_of
+from tests.support.logits import Spec, hard_rows, random_rows, rows_of, sampler_for
 
 LIBRARIES = pytest.mark.parametrize("library", libraries(), ids=lambda one: f"isa {one.isa}")
 METHODS: list[dict[str, Any]] = [
@@ -34,14 +30,6 @@ OTHERS: list[dict[str, Any]] = [
     {"temperature": 0.9, "top_k": 40, "sampler_order": "llama.cpp"},
     {"temperature": 0.9, "xtc_probability": 1.0, "xtc_threshold": 0.01},
 ]
-
-
-def sampler_for(specs: Sequence[Spec], vocab_size: int) -> tuple[Sampler, list[int]]:
-    lanes, lane_ids = lanes_for(specs, vocab_size)
-    sampler = Sampler(lanes, Pipeline(STAGES, lanes, ORDERS), LogprobsMode.RAW_LOGPROBS)
-    for lane, spec in zip(lane_ids, specs, strict=True):
-        place(lanes, lane, spec, sampler)
-    return sampler, lane_ids
 
 
 def tokens_of(specs: Sequence[Spec], logits: Tensor, common: type[Common] = Common) -> list[int]:

@@ -27,7 +27,7 @@ from engine.logits.stage import Filter
 from engine.numerics import NEG_INF
 from engine.params import SamplingParams
 from engine.rng import Domain, uniform
-from engine.sampler import Sampler, Samples
+from engine.sampler import Samples
 from engine.types import Rows
 from tests.engine.test_sampler import chi_square
 from tests.support.logits import (
@@ -38,13 +38,13 @@ from tests.support.logits import (
     examples,
     histories,
     kept,
-    lanes_for,
     likeliest,
     new_lanes,
     place,
     process,
     random_rows,
     rows_of,
+    sampler_for,
     softmax,
     with_signals,
 )
@@ -342,14 +342,6 @@ def test_mirostat_comes_after_the_temperature_in_all_of_them() -> None:
 # -- draws
 
 
-def sampler_for(specs: Sequence[Spec], vocab_size: int) -> tuple[Sampler, list[int]]:
-    lanes, lane_ids = lanes_for(specs, vocab_size)
-    sampler = Sampler(lanes, Pipeline(STAGES, lanes, ORDERS), LogprobsMode.PROCESSED_LOGPROBS)
-    for lane, spec in zip(lane_ids, specs, strict=True):
-        place(lanes, lane, spec, sampler)
-    return sampler, lane_ids
-
-
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("vllm", {"temperature": 1.4, "min_p": 0.2, "top_p": 0.8}),
     ("hf", {"temperature": 1.4, "min_p": 0.2, "top_p": 0.8}),
@@ -379,7 +371,7 @@ def test_draws_follow_the_distribution_of_each_order() -> None:
     row[NEWLINE] = NEG_INF
     count = 6000
     specs = [Spec(one | {"sampler_order": name}, ends=()) for name, one in CASES]
-    sampler, lane_ids = sampler_for(specs, 60)
+    sampler, lane_ids = sampler_for(specs, 60, LogprobsMode.PROCESSED_LOGPROBS)
     drawn: list[list[int]] = [[] for _ in CASES]
     for start in range(0, count, 1000):
         positions = [position for position in range(start, start + 1000) for _ in CASES]
@@ -414,7 +406,7 @@ def mixed(count: int) -> list[Spec]:
 
 
 def samples(specs: Sequence[Spec], logits: Tensor) -> Samples:
-    sampler, lane_ids = sampler_for(specs, logits.shape[1])
+    sampler, lane_ids = sampler_for(specs, logits.shape[1], LogprobsMode.PROCESSED_LOGPROBS)
     return sampler(logits, with_signals(rows_of(specs, lane_ids), logits))
 
 
