@@ -17,9 +17,9 @@ from typing import Protocol
 
 from engine.core import EngineCore, Message
 from engine.errors import EngineDead, EngineError, InvalidRequest, Overloaded
+from engine.messages import Delta, Failed, Finished, Request, StepStats
 from engine.prepare import ModelInfo
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Failed, Finished, Request, StepStats
 
 log = logging.getLogger(__name__)
 

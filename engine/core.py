@@ -17,6 +17,18 @@ from engine.growth import ends
 from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
+from engine.messages import (
+    NOT_A_NUMBER,
+    Candidate,
+    Delta,
+    Failed,
+    Finished,
+    FinishReason,
+    LayerTrace,
+    Request,
+    StepStats,
+    Token,
+)
 from engine.models.base import Model
 from engine.numerics import bounded, integers, known_finite, scan
 from engine.runner import Forwarded, Runner
@@ -24,26 +36,10 @@ from engine.sampler import Sampler, Samples, report
 from engine.scheduler import Scheduler
 from engine.strategies import choose
 from engine.strategies.base import View
-from engine.text import Detokenizer, Settled, TextStream
+from engine.text import Detokenizer, Settled, Stops, TextStream
 from engine.tokenizer import Tokenizer
 from engine.trace import trace_layers
-from engine.types import (
-    NOT_A_NUMBER,
-    Candidate,
-    Chunk,
-    Delta,
-    Failed,
-    Finished,
-    FinishReason,
-    Group,
-    LayerTrace,
-    Plan,
-    Request,
-    Rows,
-    Sequence,
-    StepStats,
-    Token,
-)
+from engine.types import Chunk, Group, Plan, Rows, Sequence
 from engine.vocabulary import Vocabulary
 
 _PROMPT_ROWS_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs
@@ -101,7 +97,8 @@ class EngineCore:
     def submit(self, request: Request) -> None:
         """Queue a request. What it may hold was checked where it was prepared."""
         strategy = choose(request)
-        live = [self._sequence(request, index) for index in range(strategy.copies)]
+        stops = Stops(request.stop_strings)
+        live = [self._sequence(request, index, stops) for index in range(strategy.copies)]
         group = Group(request, strategy, live)
         if request.stream and strategy.settles:
             group.settled = Settled(live[0].stream, request.params.min_tokens)
@@ -119,12 +116,10 @@ class EngineCore:
         """Use a moment without work to prepare for more; False if nothing is left to prepare."""
         return any(runner.back_cache() for runner in self.runners)
 
-    def _sequence(self, request: Request, index: int) -> Sequence:
+    def _sequence(self, request: Request, index: int, stops: Stops) -> Sequence:
         detokenizer = Detokenizer(self.tokenizer, request.skip_special_tokens)
         detokenizer.prime(request.prompt_ids)
-        stream = TextStream(
-            detokenizer, request.stop_strings, request.params.include_stop_str_in_output
-        )
+        stream = TextStream(detokenizer, stops, request.params.include_stop_str_in_output)
         seed = rng.derive(request.seed, index)
         companion = None
         if request.companion_ids:

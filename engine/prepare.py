@@ -13,9 +13,9 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.logits.dola import early_layers
+from engine.messages import Request, TraceWish
 from engine.params import Method, SamplingParams, SedParams
 from engine.tokenizer import Tokenizer
-from engine.types import Request, TraceWish
 
 _LATENT = ("<|start-latent|>", "<|end-latent|>")  # around thoughts, in models made for them
 

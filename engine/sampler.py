@@ -25,6 +25,7 @@ from engine.logits.candidates import Candidates
 from engine.logits.common import Common
 from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
+from engine.messages import NO_VALID_TOKEN, NOT_A_NUMBER, Candidate, Request, Token, TokenTrace
 from engine.numerics import (
     BLOCK,
     NEG_INF,
@@ -42,17 +43,7 @@ from engine.numerics import (
 from engine.rng import Domain, gumbel, uniform, winner
 from engine.strategies.base import Wants
 from engine.trace import RowTrace
-from engine.types import (
-    NO_VALID_TOKEN,
-    NOT_A_NUMBER,
-    Beside,
-    Candidate,
-    Request,
-    Rows,
-    Signals,
-    Token,
-    TokenTrace,
-)
+from engine.types import Beside, Rows, Signals
 
 _NOTHING = Wants()
 

@@ -16,9 +16,10 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline, run_transforms, widening
 from engine.logits.stage import Filter, Stage
+from engine.messages import LayerTrace, Probability, StageTrace, TokenTrace
 from engine.numerics import NEG_INF, best, count_finite, moments, scan, summarise
 from engine.rng import Domain, gumbel, uniform
-from engine.types import LayerTrace, Probability, Rows, StageTrace, TokenTrace
+from engine.types import Rows
 
 
 class RowTrace:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.messages import Delta, Finished, Probability, Request, Token, TokenTrace
 from engine.prepare import ModelInfo
 from engine.text import Detokenizer
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Finished, Probability, Request, Token, TokenTrace
 from server import __version__
 from server.schemas import (
     ChatChoice,

@@ -22,8 +22,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from engine.messages import TraceWish
 from engine.params import Integer, SamplingParams, StrictModel, TokenId, clash
-from engine.types import TraceWish
 
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 MAX_LOGPROBS = 20

@@ -9,11 +9,11 @@ from fastapi import Request, Response
 
 from engine.client import Generation
 from engine.errors import InvalidRequest, Overloaded
+from engine.messages import Delta, Finished
+from engine.messages import Request as EngineRequest
 from engine.params import SamplingParams, StrictModel, combinable
 from engine.prepare import Output, prepare
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Finished
-from engine.types import Request as EngineRequest
 from server.answers import Choices, Envelope, Tally, merge
 from server.errors import ApiError, to_api_error
 from server.middleware import CLIENT_GONE, RequestLog

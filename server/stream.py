@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from engine.client import Generation
-from engine.types import Delta, Finished
+from engine.messages import Delta, Finished
 from server.errors import to_api_error
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF, divergence, finite, log_softmax, row_sum
-from engine.types import Request, Rows
+from engine.types import Rows
 
 _SHALLOW = 40  # models of more layers take their buckets from the first and the last 20
 

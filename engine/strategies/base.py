@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from engine.types import Candidate, Sequence, Token
+from engine.messages import Candidate, Token
+from engine.types import Sequence
 
 
 @dataclass(frozen=True, slots=True)

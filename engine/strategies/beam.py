@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from engine.messages import NO_VALID_TOKEN, Candidate, Request, Token
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import NO_VALID_TOKEN, Candidate, Request, Sequence, Token
+from engine.types import Sequence
 
 _LEAST_COVERAGE = 1e-10
 _LARGE = 1e30  # beyond this all penalties are alike

@@ -5,8 +5,9 @@ from bisect import bisect_left, bisect_right
 
 import regex
 
+from engine.messages import Candidate, Request
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import Candidate, Request, Sequence
+from engine.types import Sequence
 
 _NUMBER = r"-?\d+(?:[.,]\d+)*"
 _PATIENCE_S = 0.2  # a pattern that takes longer fails its request

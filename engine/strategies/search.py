@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from engine.messages import NO_VALID_TOKEN, Request, Token
 from engine.strategies.base import Branch, Plain, View, Wants
 from engine.strategies.beam import Score
-from engine.types import NO_VALID_TOKEN, Request, Sequence, Token
+from engine.types import Sequence
 
 
 @dataclass(frozen=True, slots=True)

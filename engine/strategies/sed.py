@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from engine.messages import NO_VALID_TOKEN, Candidate, Request, Token
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import NO_VALID_TOKEN, Candidate, Request, Sequence, Token
+from engine.types import Sequence
 
 
 @dataclass(slots=True)

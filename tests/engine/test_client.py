@@ -20,8 +20,8 @@ from engine.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from engine.messages import Delta, Finished, Request, StepStats
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Finished, Request, StepStats
 from tests.support.engines import assert_all_free, info, request, run, scripted_core
 from tests.support.scripted import ScriptedModel
 

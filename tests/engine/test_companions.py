@@ -18,11 +18,11 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from engine.core import EngineCore
 from engine.errors import GenerationFailed, InvalidRequest
+from engine.messages import Request
 from engine.numerics import NEG_INF
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.rng import derive
-from engine.types import Request
 from tests.support import tiny
 from tests.support.company import (
     assert_an_abort_leaves_nothing,

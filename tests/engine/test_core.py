@@ -11,9 +11,10 @@ import engine.core
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.core import EngineCore
 from engine.errors import GenerationFailed
+from engine.messages import FinishReason, Token
 from engine.strategies.base import Branch, Plain, View
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, Sequence, Token
+from engine.types import Sequence
 from tests.support.engines import (
     EOS,
     assert_all_free,

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
+from engine.messages import Request
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.rng import derive
 from engine.tokenizer import Tokenizer
-from engine.types import Request
 
 INFO = ModelInfo(
     vocab_size=100,

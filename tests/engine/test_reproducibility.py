@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from engine.core import EngineCore
+from engine.messages import Delta, Request
 from engine.prepare import ModelInfo
-from engine.types import Delta, Request
 from tests.support import tiny
 from tests.support.engines import Results, assert_all_free, record_plans, request, run, tiny_core
 

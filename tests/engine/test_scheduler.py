@@ -8,9 +8,10 @@ import pytest
 import engine.core
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.messages import Token
 from engine.strategies.base import Branch, Plain, Strategy, View
 from engine.tokenizer import Tokenizer
-from engine.types import Group, Plan, Sequence, Token
+from engine.types import Group, Plan, Sequence
 from tests.support.engines import (
     EOS,
     Results,

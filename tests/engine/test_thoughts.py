@@ -21,6 +21,7 @@ from engine.core import EngineCore
 from engine.errors import InvalidRequest
 from engine.kernels import native
 from engine.kernels.quantized import GROUP, Groups
+from engine.messages import Request
 from engine.models.base import ForwardInput
 from engine.models.cpu_decoder import CpuDecoder
 from engine.models.decoder import Decoder
@@ -30,7 +31,7 @@ from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.rng import derive
 from engine.runner import Runner
-from engine.types import Group, Request
+from engine.types import Group
 from tests.support import tiny
 from tests.support.company import (
     assert_an_abort_leaves_nothing,

@@ -8,10 +8,11 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.load import load_engine
+from engine.messages import Delta, Failed, Finished, Request
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Failed, Finished, Plan, Request
+from engine.types import Plan
 from server.answers import merge
 from tests.support import tiny
 from tests.support.invariants import check_plan

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.errors import GenerationFailed
+from engine.messages import Delta, Request
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Request
 from tests.support import tiny
 from tests.support.beams import ENDS, prompts_of
 from tests.support.company import (

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvalidRequest
+from engine.messages import Request
 from engine.params import SedParams
 from engine.tokenizer import Tokenizer
-from engine.types import Request
 from tests.support import tiny
 from tests.support.beams import ENDS, prompts_of
 from tests.support.company import (
