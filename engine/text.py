@@ -10,7 +10,6 @@ from engine.types import Sequence
 _MAX_CHARACTER_BYTES = 4
 
 
-
 class Detokenizer:
     """Decodes one token at a time.
 
