@@ -924,8 +924,8 @@ def test_more_copies_than_can_run_together_are_refused(client: httpx.Client) -> 
 
     error = refusal(client.post(COMPLETIONS, json=body), 400)
 
-    assert (error["param"], error["code"]) == ("max_tokens", "invalid_value")
-    assert "100 x 250 tokens" in error["message"]
+    assert (error["param"], error["code"]) == ("n", "invalid_value")
+    assert "100 x 240 tokens behind a prompt of 10" in error["message"]
 
 
 # -- faults that are not the client's
