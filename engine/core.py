@@ -2,11 +2,13 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from engine import rng
 from engine.beside import Member, Surroundings
@@ -18,13 +20,14 @@ from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.messages import (
+    NO_VALID_TOKEN,
     NOT_A_NUMBER,
-    Candidate,
     Delta,
     Failed,
     Finished,
     FinishReason,
     LayerTrace,
+    Probability,
     Request,
     StepStats,
     Token,
@@ -35,17 +38,18 @@ from engine.runner import Forwarded, Runner
 from engine.sampler import Sampler, Samples, report
 from engine.scheduler import Scheduler
 from engine.strategies import choose
-from engine.strategies.base import View
+from engine.strategies.base import Ranked, View
 from engine.text import Detokenizer, Settled, Stops, TextStream
 from engine.tokenizer import Tokenizer
-from engine.trace import trace_layers
+from engine.trace import likeliest
 from engine.types import Chunk, Group, Plan, Rows, Sequence
 from engine.vocabulary import Vocabulary
 
-_PROMPT_ROWS_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs
-_PROMPT_ROWS = 256
+_MOST_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs and traces
+_MOST_ROWS = 256
 
 Message = Delta | Finished | Failed
+_NO_CANDIDATES = Ranked([], [], [], lambda _: Token(NO_VALID_TOKEN, ""))
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.device = device
         self.mode = config.logprobs_mode
+        self._rows_at_once = min(_MOST_ROWS, max(_MOST_BYTES // (4 * model.vocab_size), 1))
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runners = [
             Runner(one, num_blocks, config.block_size, device, index, config.batch_invariant)
@@ -143,14 +148,30 @@ class EngineCore:
 
     @torch.inference_mode()
     def step(self) -> tuple[list[Message], StepStats]:
-        """Compute one step and say what came of it."""
+        """Compute one step and say what came of it.
+
+        Whatever is raised on the way ends the requests it belongs to. Raises only if the model
+        cannot compute at all any more.
+        """
         plan = self.scheduler.plan()
-        assert plan.chunks, "work is waiting, but none of it can be planned"
-        forwarded = [runner.forward(plan) for runner in self.runners]
+        assert plan.chunks or plan.failed, "work is waiting, but none of it can be planned"
+        messages: list[Message] = [self._fail(group, error) for group, error in plan.failed]
+        gaps_s: tuple[float, ...] = ()
+        if plan.chunks:
+            computed, gaps_s = self._compute(plan)
+            messages += computed
+        return messages, self.stats(plan.num_tokens, gaps_s)
+
+    def _compute(self, plan: Plan) -> tuple[list[Message], tuple[float, ...]]:
+        """What comes of a plan, and the time since the token before, of sequences that get one."""
+        try:
+            forwarded = [runner.forward(plan) for runner in self.runners]
+        except Exception as error:
+            log.exception("the forward pass failed")
+            return self._fail_all(plan.groups, error), ()
         around = Surroundings(self.models, forwarded, self.vocab_size, self.device)
         self.scheduler.computed(plan)
         messages = self._look_at_prompts(plan, forwarded[0], around)
-        sequences: list[Sequence] = []
         ready: list[Group] = []
         for group in self.scheduler.ready(plan):
             if group.thinks:
@@ -158,18 +179,38 @@ class EngineCore:
                 row = forwarded[0].last_rows[id(group.live[0])]
                 self.scheduler.think(group, forwarded[0].hidden[row].clone())
             elif group.request.max_tokens == 0:
-                for sequence in group.live:
-                    sequence.finish_reason = FinishReason.LENGTH
-                group.finished = group.live.copy()
-                self.scheduler.drop(group)
-                messages += self._deliver(group, group.finished)
+                messages += self._end_scored(group)
             else:
                 ready.append(group)
-                sequences += group.live
+        gaps_s = _token_gaps([sequence for group in ready for sequence in group.live])
         if ready:
             assert forwarded[0] is not None
             messages += self._generate(ready, forwarded[0], around)
-        return messages, self.stats(plan.num_tokens, _token_gaps(sequences))
+        return messages, gaps_s
+
+    def _end_scored(self, group: Group) -> list[Message]:
+        """A group that was only to be scored or explained is done."""
+        try:
+            for sequence in group.live:
+                sequence.finish_reason = FinishReason.LENGTH
+            group.finished = group.live.copy()
+            self.scheduler.drop(group)
+            return self._deliver(group, group.finished)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
+            return [self._fail(group, error)]
+
+    def _fail_all(self, groups: Seq[Group], error: Exception) -> list[Message]:
+        """After the model has failed in a step: its groups end, and others go on if it still works.
+
+        Raises what a token that nobody asked for raises, computed to find that out.
+        """
+        messages: list[Message] = [self._fail(group, error) for group in groups]
+        for runner, pool in zip(self.runners, self.scheduler.pools, strict=True):
+            if pool.num_free:
+                blocks = pool.take(1)
+                runner.probe(*blocks)
+                pool.release(blocks)
+        return messages
 
     def _look_at_prompts(
         self, plan: Plan, forwarded: Forwarded | None, around: Surroundings
@@ -190,8 +231,7 @@ class EngineCore:
                     first = forwarded.first_rows[id(chunk.sequence)]
                     count = min(chunk.end, chunk.sequence.prompt_len) - chunk.start
                     group.strategy.remember(chunk.start, forwarded.hidden[first : first + count])
-            except Exception as error:
-                log.exception("request %s failed", request.request_id)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
                 messages.append(self._fail(group, error))
         return messages
 
@@ -199,6 +239,39 @@ class EngineCore:
         self, groups: list[Group], forwarded: Forwarded, around: Surroundings
     ) -> list[Message]:
         """Sample a token for every live sequence of these groups and let strategies decide."""
+        views, messages = self._sampled(groups, forwarded, around)
+        for group, view in views:
+            messages += self._advance(group, view)
+        messages += [self._fail(group, error) for group, error in self.scheduler.flush()]
+        return messages
+
+    def _sampled(
+        self, groups: list[Group], forwarded: Forwarded, around: Surroundings
+    ) -> tuple[list[tuple[Group, View]], list[Message]]:
+        """What each group's strategy sees, and the failures of those that nothing can be shown.
+
+        All rows are sampled together. If that raises, group by group, so that only the group at
+        fault ends; the others' lanes are written anew, as after a preemption.
+        """
+        states = self.lanes.states()
+        try:
+            return self._views(groups, forwarded, around), []
+        except Exception:
+            log.exception("the rows of a step cannot be sampled together")
+        views: list[tuple[Group, View]] = []
+        failed: list[Message] = []
+        for group in groups:
+            try:
+                self.scheduler.readmit(group, states)
+                views += self._views([group], forwarded, around)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
+                failed.append(self._fail(group, error))
+        return views, failed + (self._fail_all([], Exception()) if failed else [])
+
+    def _views(
+        self, groups: list[Group], forwarded: Forwarded, around: Surroundings
+    ) -> list[tuple[Group, View]]:
+        """Sample the rows of some groups in one pass."""
         members = [
             Member(group, sequence, computed, len(computed.token_ids) - 1)
             for group in groups
@@ -217,10 +290,10 @@ class EngineCore:
         if (beside := around.of(members)) is not None:
             rows = replace(rows, beside=beside)
         samples = self.sampler(raw, rows)
-        lenses = [self._lens(one, forwarded) for one in members]
-        tokens = [self._token(samples, row, lens) for row, lens in enumerate(lenses)]
-        tops = [self._candidates(samples, row, lens) for row, lens in enumerate(lenses)]
-        messages: list[Message] = []
+        lenses = self._lenses(members, forwarded)
+        tokens = [self._token(samples, row, lenses.get(row, ())) for row in range(len(members))]
+        tops = [self._ranked(samples, row, lenses.get(row, ())) for row in range(len(members))]
+        views: list[tuple[Group, View]] = []
         offset = 0
         for group in groups:
             its = slice(offset, offset + len(group.live))
@@ -235,31 +308,48 @@ class EngineCore:
                 [around.coverage(one) for one in members[its]] if wants.coverage else [],
                 partial(ends, group.request),
             )
-            messages += self._advance(group, view)
-        self.scheduler.flush()
-        return messages
+            views.append((group, view))
+        return views
 
     def _token(self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]) -> Token:
         logprob, top = samples.logprobs.get(row, (None, ()))
         token = Token(samples.token_ids[row], "", logprob, top, trace=samples.traces.get(row))
         return _through(token, lens) if lens else token
 
-    def _candidates(
-        self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]
-    ) -> list[Candidate]:
-        candidates = samples.tops.get(row, [])
+    def _ranked(self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]) -> Ranked:
+        """A row's candidates, whose tokens are seen through the lens, too."""
+        ranked = samples.tops.get(row, _NO_CANDIDATES)
         if not lens:
-            return candidates
-        return [replace(one, token=_through(one.token, lens)) for one in candidates]
+            return ranked
+        return ranked.with_tokens(lambda place: _through(ranked.token(place), lens))
 
-    def _lens(self, member: Member, forwarded: Forwarded) -> tuple[LayerTrace, ...]:
-        """What earlier layers alone would say next, where a trace is to hold it."""
-        if forwarded.probed is None or (wish := member.request.trace) is None or not wish.layers:
-            return ()
-        states = forwarded.probed.states(member.computed, member.position)
-        hidden = self.model.final_norm(states[list(wish.layers)])
-        logits = self.model.logits(hidden)[:, : self.vocab_size]
-        return trace_layers(logits, wish.layers, wish.top)
+    def _lenses(
+        self, members: Seq[Member], forwarded: Forwarded
+    ) -> dict[int, tuple[LayerTrace, ...]]:
+        """What earlier layers alone would say next, of those whose traces are to hold it."""
+        wishes = {
+            row: one.request.trace
+            for row, one in enumerate(members)
+            if one.request.trace is not None and one.request.trace.layers
+        }
+        if not wishes or forwarded.probed is None:
+            return {}
+        states = [
+            forwarded.probed.states(members[row].computed, members[row].position)[list(wish.layers)]
+            for row, wish in wishes.items()
+        ]
+        top = max(wish.top for wish in wishes.values())
+        seen = iter(self._through_lens(torch.cat(states), top))
+        return {
+            row: tuple(LayerTrace(layer, next(seen)[: wish.top]) for layer in wish.layers)
+            for row, wish in wishes.items()
+        }
+
+    def _through_lens(self, states: Tensor, top: int) -> Iterator[tuple[Probability, ...]]:
+        """The likeliest tokens of states of layers [n, H], some at a time."""
+        for some in states.split(self._rows_at_once):
+            logits = self.model.logits(self.model.final_norm(some))[:, : self.vocab_size]
+            yield from likeliest(logits, top)
 
     def _advance(self, group: Group, view: View) -> list[Message]:
         try:
@@ -274,11 +364,16 @@ class EngineCore:
                 ended = group.finished[before:]
                 return self._deliver(group, (group.live if group.request.stream else []) + ended)
             return self._settle(group) if group.live else self._deliver(group, [])
-        except Exception as error:
-            log.exception("request %s failed", group.request.request_id)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
             return [self._fail(group, error)]
 
     def _fail(self, group: Group, error: Exception) -> Failed:
+        """End a group and free what it holds; what it computed is not to be trusted."""
+        request_id = group.request.request_id
+        if isinstance(error, EngineError):
+            log.info("request %s failed: %s", request_id, error)
+        else:
+            log.error("request %s failed", request_id, exc_info=error)
         held: list[set[int]] = [set() for _ in self.runners]
         for sequence in group.sequences:
             held[sequence.model].update(sequence.block_table)
@@ -384,7 +479,7 @@ class EngineCore:
         group, request = chunk.group, chunk.group.request
         if not group.prompt:
             group.prompt.append(Token(request.prompt_ids[0], ""))
-        size = min(_PROMPT_ROWS, max(_PROMPT_ROWS_BYTES // (4 * self.model.vocab_size), 1))
+        size = self._rows_at_once
         # After a preemption the beginning is computed again, but already scored.
         start = max(chunk.start, len(group.prompt) - 1)
         end = min(chunk.end, len(request.prompt_ids) - 1)
@@ -428,7 +523,7 @@ class EngineCore:
             if samples.token_ids[0] == NOT_A_NUMBER:
                 raise GenerationFailed("the model's logits are not numbers")
             if wanted:
-                lens = self._lens(member, forwarded)
+                lens = self._lenses([member], forwarded).get(0, ())
                 group.explained[position] = self._token(samples, 0, lens)
 
 

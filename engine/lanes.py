@@ -210,6 +210,10 @@ class Lanes:
         self._states.append(column)
         return column
 
+    def states(self) -> list[Tensor]:
+        """A copy of all lanes' states, [L] each."""
+        return [column.values.clone() for column in self._states]
+
     def save(self, lane: int) -> list[float]:
         """What `restore` needs to give a sequence its state back in another lane."""
         return [float(column.values[lane]) for column in self._states]

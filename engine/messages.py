@@ -33,6 +33,14 @@ class TraceWish:
     top: int = 10
     layers: tuple[int, ...] = ()
 
+    @property
+    def num_rows(self) -> int:
+        """What tracing a token costs, in rows of logits.
+
+        Its stages run again, and each layer has a row of its own.
+        """
+        return 4 + len(self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -75,6 +83,11 @@ class Request:
         ends = frozenset(self.stop_tokens) if self.params.ignore_eos else possible
         object.__setattr__(self, "possible_ends", possible)
         object.__setattr__(self, "ends", ends)
+
+    @property
+    def trace_rows(self) -> int:
+        """What tracing a token costs, in rows of logits."""
+        return 0 if self.trace is None else self.trace.num_rows
 
     @property
     def probes(self) -> bool:

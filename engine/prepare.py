@@ -18,7 +18,6 @@ from engine.tokenizer import Tokenizer
 
 _SHALLOW = 40  # models of more layers take DoLa's buckets from the first and the last 20
 _SHOWN = 100  # characters of a value in an error
-_TRACED_ROWS = 4  # what a trace costs, in rows of logits
 
 # Tokens of all bad words together: each is compared with the end of the text at every step.
 MAX_BAD_WORD_TOKENS = 32_768
@@ -131,7 +130,9 @@ def prepare(
         forced_len=output.forced_len,
         clarify_token=_clarify_token(params, info, tokenizer),
         dry_breaker_ids=_breaker_ids(params, info, tokenizer),
-        bad_word_ids=_bad_word_ids(params.bad_words, info, tokenizer, ends, max_tokens),
+        bad_word_ids=_bad_word_ids(
+            params.bad_words, info, tokenizer, ends, max(max_tokens, output.forced_len + 1)
+        ),
         skip_special_tokens=output.skip_special_tokens,
         stream=output.stream,
         priority=priority,
@@ -219,7 +220,7 @@ def early_layers(chosen: str | Sequence[int], num_layers: int, tied: bool) -> tu
 
 def _rows_per_sequence(parts: "_Parts", output: Output, early: Sequence[int]) -> int:
     """How many rows of logits a step computes for each sequence, those of what is beside it too."""
-    traced = 0 if output.trace is None else _TRACED_ROWS + len(output.trace.layers)
+    traced = 0 if output.trace is None else output.trace.num_rows
     return 1 + bool(parts.companion_ids) + len(early) + traced
 
 
@@ -444,12 +445,12 @@ def _bad_word_ids(
     info: ModelInfo,
     tokenizer: Tokenizer,
     ends: Collection[int],
-    max_tokens: int,
+    num_output: int,
 ) -> tuple[tuple[int, ...], ...]:
     """Each word's tokens, and those behind a space where they are other tokens.
 
     The spaced form counts only if it has as many tokens and begins with another one: then the
-    space is part of its first token. What no output of `max_tokens` can hold is left out.
+    space is part of its first token. What no output of so many tokens can hold is left out.
     """
     least = sum(map(tokenizer.least_tokens, words))
     if least > MAX_BAD_WORD_TOKENS:
@@ -467,7 +468,7 @@ def _bad_word_ids(
         kept.append(tuple(own))
         if len(behind) == len(own) and behind[0] != own[0]:
             kept.append(tuple(behind))
-    found = tuple(ids for ids in kept if len(ids) <= max_tokens and _generable(ids, info))
+    found = tuple(ids for ids in kept if len(ids) <= num_output and _generable(ids, info))
     if (total := sum(map(len, found))) > MAX_BAD_WORD_TOKENS:
         raise _too_many_bad_words(total)
     return found

@@ -110,6 +110,14 @@ class Runner:
         hidden = self.model.forward(inputs, self.cache, self.attention)
         return Forwarded(hidden, first_rows, last_rows, probed)
 
+    def probe(self, block: int) -> None:
+        """Compute a token in a block that nobody has. Raises whatever the model raises."""
+        ids = self._tensor([0])
+        plan = self.attention.plan([Span(0, 1, [block])])
+        hidden = self.model.forward(ForwardInput(ids, ids, plan), self.cache, self.attention)
+        self.model.logits(hidden)
+        self.scrub([block])
+
     def _thoughts(
         self, chunks: list[Chunk], first_rows: dict[int, int]
     ) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,9 @@ Letters in shapes, here and everywhere: T tokens of a step, S sequences of a ste
 V vocabulary, L lanes, B blocks per sequence, C context length, H hidden size.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -132,20 +134,55 @@ class Group:
     def to_compute(self) -> list[Sequence]:
         """The live sequences to run, and their companions.
 
-        Copies of the bare prompt are computed once, by the first.
+        Of several, the first computes the prompt for all.
         """
         if len(self.live) == 1 and self.live[0].companion is None:
             return self.live
-        copies = len(self.live) > 1 and all(seq.num_generated == 0 for seq in self.live)
-        running = self.live[:1] if copies else self.live
-        companions = [seq.companion for seq in running if seq.companion is not None]
-        return [*running, *companions]
+        return with_companions(self.live[:1] if self.shares_prompt else self.live)
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Is there a prompt left to compute that several sequences will share?"""
+        if len(self.live) == 1:
+            return False
+        first = self.live[0]
+        if first.num_generated == 0:  # the others are copies of it
+            return True
+        return any(one.num_computed < one.prompt_len for one in with_companions([first]))
 
     @property
     def sequences(self) -> list[Sequence]:
         """All that may hold blocks: live ones, sleepers, and the companions of both."""
-        own = [*self.live, *self.asleep]
-        return own + [seq.companion for seq in own if seq.companion is not None]
+        return with_companions([*self.live, *self.asleep])
+
+    def cost(self, length: int, start: int) -> int:
+        """What `length` tokens of the prompt from `start` on cost, in tokens that nobody looks at.
+
+        Each token that is scored is a row of logits too, and one that is traced several.
+        """
+        request, end = self.request, start + length
+        scored = 0
+        if request.prompt_logprobs is not None:
+            scored = max(min(end, len(request.prompt_ids)) - start, 0)
+        return length + scored + request.trace_rows * self._num_traced(start, end)
+
+    def affordable(self, start: int, most: int, budget: int) -> int:
+        """How many tokens from `start` on the budget allows: one at least, `most` at most."""
+        if self.request.prompt_logprobs is None and not self.request.explained:
+            return min(most, budget)
+        return max(
+            bisect_right(range(most + 1), budget, key=partial(self.cost, start=start)) - 1, 1
+        )
+
+    def _num_traced(self, start: int, end: int) -> int:
+        """How many tokens in (start, end] are explained: each by what its predecessor predicts."""
+        explained = self.request.explained
+        return bisect_right(explained, end) - bisect_right(explained, start)
+
+
+def with_companions(sequences: list[Sequence]) -> list[Sequence]:
+    """These, and the companions they have."""
+    return sequences + [one.companion for one in sequences if one.companion is not None]
 
 
 class Chunk(NamedTuple):
@@ -177,6 +214,9 @@ class Plan:
 
     chunks: list[Chunk]
     copies: list[BlockCopy]
+    failed: list[tuple[Group, Exception]] = field(
+        default_factory=list
+    )  # that could not be admitted
 
     @property
     def num_tokens(self) -> int:

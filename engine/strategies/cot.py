@@ -4,6 +4,7 @@ import math
 import time
 from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Sequence as Seq
 
 import regex
 
@@ -93,7 +94,7 @@ class CotDecoding(Plain):
         return answer, sum(gaps) / len(gaps) if gaps else 0.0
 
 
-def _gap(candidates: list[Candidate]) -> float:
+def _gap(candidates: Seq[Candidate]) -> float:
     """How much more probable the likeliest is than the next."""
     probs = [math.exp(candidate.logprob) for candidate in candidates[:2]]
     return probs[0] - sum(probs[1:]) if probs else 0.0

@@ -76,7 +76,7 @@ class Search(Plain):
         self.memory = params.beam_memory
         self.score = Score(request)
         # What ends may be worth less than what is less likely, but goes on.
-        self.wants = Wants(top=self.size + len(request.ends))
+        self.wants = Wants(top=self.size, going=self.size if request.ends else 0)
         self.queue: list[_Entry] = []
         self.taken: Counter[int] = Counter()  # by length
         self.num_entries = 0

@@ -111,7 +111,7 @@ def crowd(model: Model, core: EngineCore) -> Results:
 
 def starved(model: Model) -> Results:
     """Twelve requests, and a cache for three or four of them."""
-    core, _ = model.load(num_tokens=160, max_model_len=128)
+    core, _ = model.load(num_tokens=144, max_model_len=128)
     names = [*NAMES, *(f"plain.{index}" for index in range(1, 6))]
     results = run(core, *(model.request(core, name) for name in names))
     assert core.scheduler.num_preemptions > 3

@@ -458,13 +458,13 @@ def test_what_is_thought_takes_blocks_that_are_reserved_or_refused(
         small = replace(thinker, info=replace(thinker.info, num_blocks=num_blocks))
         return small.ask(n=2, **more)
 
-    # Twice 9 tokens of prompt, 7 behind it and 6 of output.
-    with pytest.raises(InvalidRequest, match="need 12 blocks of this server's cache") as raised:
-        ask(11)
-    assert raised.value.param == "max_tokens"
-    core = thinker.small_engine(12)
-    results = run_checked(core, ask(12))
-    assert_as_transformers(results, thinker, ask(12))
+    # 9 tokens of prompt and 7 behind it fill four blocks, which both share; 6 of output take two.
+    with pytest.raises(InvalidRequest, match="need 8 blocks of the cache") as raised:
+        ask(7)
+    assert raised.value.param == "n"
+    core = thinker.small_engine(8)
+    results = run_checked(core, ask(8))
+    assert_as_transformers(results, thinker, ask(8))
     assert core.scheduler.num_preemptions == 0
 
 
