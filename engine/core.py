@@ -19,6 +19,7 @@ from engine.growth import ends
 from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
+from engine.memory import give_back, resident_bytes
 from engine.messages import (
     NO_VALID_TOKEN,
     NOT_A_NUMBER,
@@ -47,6 +48,7 @@ from engine.vocabulary import Vocabulary
 
 _MOST_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs and traces
 _MOST_ROWS = 256
+_USUAL_BYTES = 64 << 20  # by which what steps and answers take goes up and down
 
 Message = Delta | Finished | Failed
 _NO_CANDIDATES = Ranked([], [], [], lambda _: Token(NO_VALID_TOKEN, ""))
@@ -77,6 +79,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.device = device
         self.mode = config.logprobs_mode
+        self._settled_bytes = 0  # what the process took after memory was last given back
         self._rows_at_once = min(_MOST_ROWS, max(_MOST_BYTES // (4 * model.vocab_size), 1))
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runners = [
@@ -118,8 +121,16 @@ class EngineCore:
         return self.scheduler.has_work
 
     def idle(self) -> bool:
-        """Use a moment without work to prepare for more; False if nothing is left to prepare."""
-        return any(runner.back_cache() for runner in self.runners)
+        """Use a moment without work to prepare for more; False if nothing is left to prepare.
+
+        Last, memory that unusual requests have taken is given back.
+        """
+        if any(runner.back_cache() for runner in self.runners):
+            return True
+        if resident_bytes() > self._settled_bytes + _USUAL_BYTES:
+            give_back()
+            self._settled_bytes = resident_bytes()
+        return False
 
     def _sequence(self, request: Request, index: int, stops: Stops) -> Sequence:
         detokenizer = Detokenizer(self.tokenizer, request.skip_special_tokens)

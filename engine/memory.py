@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from pathlib import Path
 
 from torch import Tensor
 
@@ -17,6 +18,21 @@ def keep_freed_memory() -> None:
     if (mallopt := getattr(_C, "mallopt", None)) is not None:
         mallopt(ctypes.c_int(mmap_threshold), ctypes.c_int(1 << 30))
         mallopt(ctypes.c_int(trim_threshold), ctypes.c_int(1 << 30))
+
+
+def resident_bytes() -> int:
+    """How much memory the process has of the system by now; 0 if that is not known."""
+    try:
+        with Path("/proc/self/statm").open() as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def give_back() -> None:
+    """Return what is free of the memory that `keep_freed_memory` kept."""
+    if (malloc_trim := getattr(_C, "malloc_trim", None)) is not None:
+        malloc_trim(ctypes.c_size_t(0))
 
 
 def back(tensor: Tensor, start: int, size: int) -> None:
