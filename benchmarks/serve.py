@@ -172,7 +172,8 @@ def own_server(model: str | None, extra: list[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), *extra]
     command += ["--model", model] if model else []
     command += ["--log-level", "warning", "--drain-delay", "0"]
-    process = subprocess.Popen(command, env=os.environ | {"LOGITMILL_API_KEY": ""})
+    keys = ("LOGITMILL_API_KEY", "LOGITMILL_API_KEY_FILE")  # this one is open
+    process = subprocess.Popen(command, env={k: v for k, v in os.environ.items() if k not in keys})
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):

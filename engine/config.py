@@ -48,6 +48,7 @@ class EngineConfig(BaseModel):
 
     model: str = Field(
         default="smollm2-135m-instruct",
+        min_length=1,
         description="A folder in Hugging Face form, a .gguf file, a hub id (owner/name, "
         "owner/name@revision), or a name in configs/",
     )
@@ -68,6 +69,7 @@ class EngineConfig(BaseModel):
     )
     amateur_model: str | None = Field(
         default=None,
+        min_length=1,
         description="A smaller model of the same vocabulary, for contrastive decoding "
         "(`cd_amateur`)",
     )

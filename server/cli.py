@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
 from engine.models.source import config_names, locate
-from server import __version__
+from server import __version__, stdio
 from server.settings import OPTIONS, BadOption, Settings, flag, resolve, variable
 
 _DEFAULT_MODEL = EngineConfig.model_fields["model"].default
@@ -28,20 +28,28 @@ Models by name: {", ".join(config_names())}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exits with 2 and one line on standard error if it cannot."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    flags = {name: value for name, value in vars(args).items() if value is not None}
-    command, file = flags.pop("command"), flags.pop("config", None)
+    stdio.protect()
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args = _parser().parse_args(argv)
+        flags = {name: value for name, value in vars(args).items() if value is not None}
+        command, file = flags.pop("command"), flags.pop("config", None)
         settings = resolve(flags, file)
         if command == "pull":
-            print(locate(settings.engine.model, settings.source).fetch())
+            _pull(settings)
         else:
             sys.exit(_import_serve()(settings))
     except (BadOption, ModelUnavailable) as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(_without_keys(str(error), argv)))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _pull(settings: Settings) -> None:
+    """Fetch a model and print where it is. Raises BadOption if that cannot be printed."""
+    print(locate(settings.engine.model, settings.source).fetch())
+    if (failure := stdio.lost_output()) is not None:
+        raise BadOption(f"cannot write to standard output: {failure.strerror}")
 
 
 def _import_serve() -> Callable[[Settings], int]:
@@ -56,6 +64,20 @@ def _import_serve() -> Callable[[Settings], int]:
     return serve
 
 
+def _without_keys(message: str, argv: Sequence[str]) -> str:
+    """A message about the command line without the keys on it, which a log may keep."""
+    after_key = False
+    for word in argv:
+        name, _, value = word.partition("=")
+        if word.startswith("-"):
+            after_key = "key" in name.lower()
+        elif after_key:
+            value = word
+        if after_key and value:
+            message = message.replace(value, "…")
+    return message
+
+
 def _fail(message: str) -> int:
     print(f"logitmill: error: {message}", file=sys.stderr)
     return 2
@@ -65,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(_fail(f"{message} (see {self.prog} --help)"))
+        raise BadOption(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,18 @@ def _names(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _keys(value: object) -> object:
+    """Names that are keys: an empty one is a mistake, and would not be seen in an error."""
+    keys = _names(value)
+    if isinstance(keys, list):
+        keys = [key.strip() if isinstance(key, str) else key for key in keys]
+        if "" in keys:
+            raise ValueError("a key must not be empty; without the option, none is needed")
+    return keys
+
+
 Names = Annotated[list[NonEmptyStr], BeforeValidator(_names)]
+ApiKeys = Annotated[list[NonEmptyStr], BeforeValidator(_keys)]
 
 
 class ServerConfig(BaseModel):
@@ -21,18 +32,30 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on")
+    host: NonEmptyStr = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0 and ::, every one"
+    )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any")
     served_model_name: Names = Field(
         default=[],
         description="Names clients may use for the model, the first of which replies carry; "
         "default: the model's own",
     )
-    api_key: Names = Field(
-        default=[], description="Keys of which a client must bring one; default: none needed"
+    api_key: ApiKeys = Field(
+        default=[],
+        repr=False,  # nothing shows its value: see settings.py
+        description="Keys of which a client must bring one, with commas between them; default: "
+        "none needed. Given, it must hold a key: an empty variable is an error here",
     )
-    api_key_file: str | None = Field(
-        default=None, description="File with a key per line, read again when it changes"
+    api_key_file: NonEmptyStr | None = Field(
+        default=None,
+        description="File with a key per line, commas and all, read again when it changes; lines "
+        "that begin with # are left out. Without a key in it, nobody gets in",
+    )
+    share_prefix_cache: bool = Field(
+        default=False,
+        description="Let requests with different API keys reuse each other's cached prompt "
+        "beginnings, which lets one key find out what another has sent",
     )
     protect_metrics: bool = Field(default=False, description="Ask for a key on /metrics too")
     docs: bool = Field(default=True, description="Serve /docs and /openapi.json")
@@ -56,11 +79,27 @@ class ServerConfig(BaseModel):
     generation_config: bool = Field(
         default=True, description="Take sampling defaults from the model's generation_config.json"
     )
+    head_timeout: float = Field(
+        default=20.0,
+        gt=0.0,
+        description="Seconds a client may take to send the head of a request, from connecting or "
+        "from its first byte",
+    )
+    body_timeout: float = Field(
+        default=60.0, gt=0.0, description="Seconds a client may take to send a request's body"
+    )
+    request_timeout: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Seconds a request may take from its head to the end of its answer; 0: any",
+    )
     sse_keepalive: float = Field(
         default=15.0, gt=0.0, description="Seconds of silence before a stream gets a comment line"
     )
     slow_client_timeout: float = Field(
-        default=60.0, gt=0.0, description="Seconds a client may leave its stream unread"
+        default=60.0,
+        gt=0.0,
+        description="Seconds in which a client must read 64 KiB of its answer, or what is left",
     )
     watchdog: float = Field(
         default=120.0, gt=0.0, description="Seconds without a step, with work waiting, to be ill"

@@ -141,6 +141,14 @@ class Metrics:
             buckets=_LAG_S,
             registry=self.registry,
         )
+        self._dropped = Counter(
+            "logitmill:connections_dropped",
+            "Connections refused for want of files, or closed because a client was silent or slow",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in ("no_files", "silent", "slow_client"):
+            self._dropped.labels(reason)
         self._http = Counter(
             "http_requests",
             "Answered requests",
@@ -236,6 +244,10 @@ class Metrics:
     def on_lag(self, seconds: float) -> None:
         """The event loop was that late."""
         self._lag.observe(seconds)
+
+    def on_dropped(self, reason: str) -> None:
+        """A connection was closed for the server's sake."""
+        self._dropped.labels(reason).inc()
 
     def on_ignored(self, num_fields: int) -> None:
         self._ignored.inc(num_fields)

@@ -1,5 +1,6 @@
 """Around every request: its id, its key, its line in the log, its metrics."""
 
+import asyncio
 import json
 import logging
 import re
@@ -12,12 +13,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.errors import Overloaded
 from engine.messages import Finished
 from server.errors import ApiError, to_api_error
-from server.state import ServerState
-from server.stream import SlowClient
+from server.state import ServerState, shutting_down
+from server.unanswered import Unanswered
 
 CLIENT_GONE = 499  # never on the wire
+UNMATCHED = "unmatched"  # instead of a path that no route has
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PUBLIC = {"/health", "/ready", "/live", "/ping", "/version"}
 _DOCS = {"/docs", "/openapi.json"}
@@ -63,6 +66,20 @@ class RequestLog:
         return json.dumps(fields)
 
 
+def choose_request_id(given: str) -> str:
+    """The client's own id of its request if it is one, else a new one."""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def record(
+    state: ServerState, request_log: RequestLog, method: str, path: str, seconds: float
+) -> None:
+    """Count and log a request that is over; `path` is a route's, never a client's."""
+    state.metrics.on_response(method, path, request_log.status, seconds)
+    quiet = path in _PUBLIC or path == "/metrics"
+    log.log(logging.DEBUG if quiet else logging.INFO, request_log.line(method, path, seconds))
+
+
 class RequestContext:
     """The outermost layer of the app."""
 
@@ -75,8 +92,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_log = RequestLog(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        request_log = RequestLog(choose_request_id(headers.get("x-request-id", "")))
         scope.setdefault("state", {})["log"] = request_log
         started = time.monotonic()
 
@@ -89,14 +105,16 @@ class RequestContext:
         posting = scope["method"] == "POST"
         self.state.num_inflight += posting
         try:
-            if self._needs_key(scope) and not self.state.keys.allow(headers.get("authorization")):
-                await _UNAUTHORIZED(scope, receive, send_with_id)
+            if self._admit(scope, headers.get("authorization")):
+                await self._in_time(scope, receive, send_with_id)
             else:
-                await self.app(scope, receive, send_with_id)
-        except (ClientDisconnect, SlowClient):
+                await _UNAUTHORIZED(scope, receive, send_with_id)
+        except ClientDisconnect:
             request_log.status = CLIENT_GONE
         except Exception as error:
-            log.exception("request %s failed", request_log.request_id)
+            expected = isinstance(error, ApiError | Overloaded)
+            if not expected:
+                log.exception("request %s failed", request_log.request_id)
             if request_log.status != CLIENT_GONE:  # too late for another answer
                 raise
             failure = to_api_error(error)
@@ -104,19 +122,65 @@ class RequestContext:
             await failure.response()(scope, receive, send_with_id)
         finally:
             self.state.num_inflight -= posting
-            route = scope.get("route")
-            path = getattr(route, "path", "unmatched")
-            seconds = time.monotonic() - started
-            self.state.metrics.on_response(scope["method"], path, request_log.status, seconds)
-            quiet = path in _PUBLIC or path == "/metrics"
-            level = logging.DEBUG if quiet else logging.INFO
-            log.log(level, request_log.line(scope["method"], path, seconds))
+            path = getattr(scope.get("route"), "path", UNMATCHED)
+            record(self.state, request_log, scope["method"], path, time.monotonic() - started)
+
+    def _admit(self, scope: Scope, authorization: str | None) -> bool:
+        """May this request be answered? Notes what separates its key's cached prompts."""
+        scope["state"]["salt"] = ""
+        if not self._needs_key(scope):
+            return True
+        keys = self.state.keys
+        key_id = keys.identify(authorization)
+        if key_id is not None and keys.several and not self.state.config.share_prefix_cache:
+            scope["state"]["salt"] = key_id
+        return key_id is not None
 
     def _needs_key(self, scope: Scope) -> bool:
         path = scope["path"]
         if scope["method"] == "OPTIONS" or path in _PUBLIC or path in _DOCS:
             return False
         return path != "/metrics" or self.state.config.protect_metrics
+
+    async def _in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer, as long as there is time to begin.
+
+        Raises ApiError when there is none, and Overloaded when the server shuts down.
+        """
+        whole = False
+
+        async def receive_in_time() -> Message:
+            nonlocal whole
+            if whole:
+                return await receive()
+            if self.state.draining:
+                raise shutting_down()
+            request.begin_reading()
+            message = await receive()
+            if not message.get("more_body", False):
+                whole = True
+                request.end_reading()
+            return message
+
+        async def send_in_time(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.state.unanswered.discard(request)
+                request.begin_answer()
+            await send(message)
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                request = Unanswered(limit, self.state.config)
+                scope["state"]["deadline"] = request.deadline
+                self.state.unanswered.add(request)
+                try:
+                    await self.app(scope, receive_in_time, send_in_time)
+                finally:
+                    self.state.unanswered.discard(request)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise shutting_down() if self.state.draining else request.why() from None
 
 
 _UNAUTHORIZED = ApiError(

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -14,16 +16,19 @@ from fastapi import FastAPI
 
 from engine.client import EngineState
 from engine.core import EngineCore
-from engine.errors import ModelUnavailable, Overloaded
+from engine.errors import ModelUnavailable
 from engine.load import load_engine
 from engine.models.source import locate
 from engine.prepare import ModelInfo
 from server.app import create_app
+from server.listener import UNLIMITED, Listener, raise_file_limit
+from server.protocol import Connection
 from server.settings import BadOption, Settings
-from server.state import ServerState
+from server.state import ServerState, shutting_down
 
 _KEEP_ALIVE_S = 75  # clients keep connections in a pool for a minute
 _LAST_ANSWERS_S = 5.0  # for the errors of requests that were cut off
+_LAST_THREADS_S = 10.0  # for threads, once nothing is served any more
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +61,26 @@ def serve(settings: Settings) -> int:
         max_waiting=settings.engine.max_waiting,
         sampling=settings.sampling,
     )
-    server = Server(app, host=config.host, port=config.port)
-    server.run(_listen(config.host, config.port))
+    server = Server(app, host=config.host, port=config.port, max_files=raise_file_limit())
+    # The engine may be in the middle of a long step, a worker in a long text.
+    last = threading.Timer(_LAST_THREADS_S, lambda: _leave(server.exit_code))
+    last.daemon = True
+    server.on_shutdown = last.start
+    try:
+        server.run(_listen(config.host, config.port))
+    finally:
+        last.cancel()
     if server.state.engine.state is EngineState.LOADING:
         # The thread that loads is left behind, and inside torch it would not survive the
         # interpreter's end.
-        logging.shutdown()
-        os._exit(server.exit_code)
+        _leave(server.exit_code)
     return server.exit_code
+
+
+def _leave(exit_code: int) -> None:
+    """End the process, whatever its threads are doing."""
+    logging.shutdown()
+    os._exit(exit_code)
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
@@ -86,19 +103,22 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a shutdown that lets requests finish.
+    """uvicorn, with a shutdown that lets requests finish, and connections of our own.
 
-    SIGTERM: readiness goes at once, but requests are taken for `drain_delay` so that balancers
-    notice; then new ones are refused while running ones get `shutdown_timeout`; the rest is ended
-    with an error. SIGINT leaves out the delay, a second signal everything but the end.
+    SIGTERM or SIGHUP: readiness goes at once, but requests are taken for `drain_delay` so that
+    balancers notice; then new ones, and those whose bodies are still coming, are refused while
+    running ones get `shutdown_timeout`; the rest is ended with an error. SIGINT leaves out the
+    delay, a second signal everything but the end.
     """
 
-    def __init__(self, app: FastAPI, *, host: str, port: int) -> None:
+    def __init__(self, app: FastAPI, *, host: str, port: int, max_files: int = UNLIMITED) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 host=host,
                 port=port,
+                http="httptools",
+                ws="none",
                 log_config=None,
                 access_log=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
@@ -107,9 +127,27 @@ class Server(uvicorn.Server):
         )
         self.state: ServerState = app.state.server
         self.exit_code = 0
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self._max_files = max_files
+        self._listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hurry = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()  # the loop keeps only weak references
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then take connections from these sockets."""
+        await super().startup(sockets=[])
+        state, connections, config = self.state, self.server_state, self.config
+        for one in sockets or ():
+            self._listeners.append(
+                Listener(
+                    one,
+                    lambda: Connection(config, connections, self.lifespan.state, state),
+                    lambda: state.metrics.on_dropped("no_files"),
+                    max_files=self._max_files,
+                    backlog=config.backlog,
+                )
+            )
 
     async def main_loop(self) -> None:
         """Until it is time to go; called by uvicorn once the socket is open."""
@@ -136,10 +174,18 @@ class Server(uvicorn.Server):
     async def _drain(self, delay_s: float, timeout_s: float) -> None:
         log.info("draining: %d requests are running", self.state.num_inflight)
         await self._pause(delay_s)
-        self.state.draining = True
+        self.state.drain()
         await self._until_idle(timeout_s, or_hurry=True)
-        self.state.engine.fail_all(Overloaded("the server is shutting down", "draining"))
+        self.state.engine.fail_all(shutting_down())
+        self.state.give_up()
+        await self._end()
+
+    async def _end(self) -> None:
+        """Let those who have been told the end read it, and go."""
         await self._until_idle(_LAST_ANSWERS_S, or_hurry=False)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.cut()
         self.should_exit = True
 
     async def _until_idle(self, limit_s: float, *, or_hurry: bool) -> None:
@@ -162,8 +208,29 @@ class Server(uvicorn.Server):
         error = await self.state.engine.died()
         self.exit_code = 2 if isinstance(error, ModelUnavailable) else 1
         log.error("%s", error)
-        await self._until_idle(_LAST_ANSWERS_S, or_hurry=False)
-        self.should_exit = True
+        await self._end()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the sockets, wait for the last answers, stop the application."""
+        self.on_shutdown()
+        for listener in self._listeners:
+            listener.close()
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, and SIGHUP too: a terminal that goes, unless under nohup."""
+        with super().capture_signals():
+            hangup = getattr(signal, "SIGHUP", None)
+            in_main = threading.current_thread() is threading.main_thread()
+            if hangup is None or not in_main or signal.getsignal(hangup) is signal.SIG_IGN:
+                yield
+                return
+            before = signal.signal(hangup, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(hangup, before)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -131,10 +131,15 @@ def build_requests(
     params: SamplingParams,
     *,
     label: str,
+    salt: str,
     prompt_param: str,
     default_max_tokens: int | None,
 ) -> list[EngineRequest]:
-    """A request of the engine for each prompt. Raises InvalidRequest."""
+    """A request of the engine for each prompt. Raises InvalidRequest.
+
+    `salt` is what separates the prompts of its API key; its length is the same for all of them, so
+    no `cache_salt` behind it can make it another's.
+    """
     tokenizer, info = state.model()
     several = len(prompts) > 1
     return [
@@ -149,7 +154,7 @@ def build_requests(
             default_max_tokens=default_max_tokens,
             clamp_max_tokens=state.config.clamp_max_tokens,
             priority=body.priority,
-            cache_salt=body.cache_salt,
+            cache_salt=salt + body.cache_salt,
         )
         for number, prompt_ids in enumerate(prompts)
     ]
@@ -253,8 +258,7 @@ def stream(
         end,
         on_error,
         on_gone,
-        keepalive_s=state.config.sse_keepalive,
-        slow_client_s=state.config.slow_client_timeout,
+        config=state.config,
     )
 
 

@@ -21,6 +21,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "sampling": SamplingParams,
 }
 OPTIONS: dict[str, type[BaseModel]] = {"engine": EngineConfig, "server": ServerConfig}
+# An empty variable is as good as none, except here, where a secret that was not filled in would let
+# everybody in.
+_NEVER_EMPTY = ("api_key", "api_key_file")
 
 
 class BadOption(Exception):
@@ -60,7 +63,9 @@ def resolve(
         for name in model.model_fields:
             if name in flags:
                 given[name] = flags[name], flag(name)
-            elif environ.get(variable(name)):
+            elif environ.get(variable(name)) or (
+                name in _NEVER_EMPTY and variable(name) in environ
+            ):
                 given[name] = environ[variable(name)], variable(name)
     own = {} if file is None else _read(Path(file))
     model_name = given["model"][0] if "model" in given else own.get("engine", {}).get("model")
@@ -108,5 +113,6 @@ def _checked(model: type[BaseModel], values: Mapping[str, Any], origins: Mapping
         name = str(problem["loc"][0]) if problem["loc"] else ""
         message = problem["msg"].removeprefix("Value error, ")
         where = origins.get(name, name)
-        got = f", got {problem['input']!r}" if name else ""
+        secret = name in model.model_fields and not model.model_fields[name].repr
+        got = f", got {problem['input']!r}" if name and not secret else ""
         raise BadOption(f"{where}: {message}{got}" if where else message) from error

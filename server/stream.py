@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from engine.client import Generation
 from engine.messages import Delta, Finished
+from server.config import ServerConfig
 from server.errors import to_api_error
+from server.unanswered import deadline_exceeded
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _DONE = b"data: [DONE]\n\n"
@@ -24,10 +26,6 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=Fa
 def event(data: Any) -> bytes:
     """One event holding one line of JSON."""
     return b"data: " + _JSON.encode(data).encode() + b"\n\n"
-
-
-class SlowClient(Exception):
-    """The client does not read what it asked for."""
 
 
 class EventStream(StreamingResponse):
@@ -47,8 +45,7 @@ class EventStream(StreamingResponse):
         on_error: Callable[[BaseException], None],
         on_gone: Callable[[], None],
         *,
-        keepalive_s: float,
-        slow_client_s: float,
+        config: ServerConfig,
     ) -> None:
         super().__init__(self._events(), headers=_HEADERS)
         self._generation = generation
@@ -56,9 +53,10 @@ class EventStream(StreamingResponse):
         self._end = end
         self._on_error = on_error
         self._on_gone = on_gone
+        self._config = config
         self._complete = False
-        self._keepalive_s = keepalive_s
-        self._slow_client_s = slow_client_s
+        self._late = False  # --request-timeout is over
+        self._silence: asyncio.Timeout | None = None  # while a message is awaited
 
     async def _events(self) -> AsyncIterator[bytes]:
         try:
@@ -77,30 +75,48 @@ class EventStream(StreamingResponse):
         yield _DONE
 
     async def _with_pauses(self) -> AsyncIterator[Delta | Finished | None]:
-        """The generation's messages, and None after each stretch of silence."""
+        """The generation's messages, and None after each stretch of silence.
+
+        Raises ApiError when there is no more time.
+        """
         messages = aiter(self._generation)
-        while True:
+        while not self._late:
+            message = None
             try:
-                async with asyncio.timeout(self._keepalive_s):
+                async with asyncio.timeout(self._config.sse_keepalive) as self._silence:
                     message = await anext(messages)
             except TimeoutError:
-                yield None
+                pass
             except StopAsyncIteration:
-                return
-            else:
+                if not self._late:
+                    return
+            finally:
+                self._silence = None
+            if not self._late:
                 yield message
+        raise deadline_exceeded(self._config.request_timeout)
+
+    def _break_silence(self) -> None:
+        """Let the next comment line leave now, unless a message is on its way anyhow."""
+        if self._silence is not None and not self._silence.expired():
+            self._silence.reschedule(0.0)
+
+    def _run_out_of_time(self) -> None:
+        self._late = True
+        self._generation.close()  # now, however long the client takes to read what came before
+        self._break_silence()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._slow_client_s):
-                    await send(message)
-            except TimeoutError:
-                raise SlowClient from None
-
+        state = scope.get("state", {})
+        state.get("probes", []).append(self._break_silence)
+        deadline, timer = state.get("deadline"), None
+        if deadline is not None:
+            timer = asyncio.get_running_loop().call_at(deadline, self._run_out_of_time)
         try:
-            await super().__call__(scope, receive, send_in_time)
+            await super().__call__(scope, receive, send)
         finally:
+            if timer is not None:
+                timer.cancel()
             if not self._complete:
                 self._on_gone()
             self._generation.close()

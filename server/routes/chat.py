@@ -61,6 +61,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
         ),
         params,
         label=log.request_id,
+        salt=request.state.salt,
         prompt_param="messages",
         default_max_tokens=None,
     )

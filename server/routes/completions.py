@@ -65,6 +65,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         ),
         params,
         label=log.request_id,
+        salt=request.state.salt,
         prompt_param="prompt",
         default_max_tokens=_DEFAULT_MAX_TOKENS,
     )

@@ -68,6 +68,7 @@ async def explain(request: Request, body: ExplainRequest) -> Response:
         info,
         tokenizer,
         request_id=state.unique_id(log.request_id),
+        cache_salt=request.state.salt,
     )
     name = state.model_names[0]
     envelope = Envelope(f"explain-{log.request_id}", name, fingerprint(name, info), "explanation")

@@ -132,6 +132,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert re.search(says, line)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--api-key", "s3cret", "s3cret2"],
+        ["--api_key", "s3cret"],
+        ["--api_key=s3cret"],
+        ["--api-key", "s3cret", "--api-keys", "s3cret2", "--port"],
+        ["--api-key=s3cret,", "--port", "1"],
+        ["--apikey", "s3cret", "more"],
+    ],
+)
+def test_no_mistake_puts_a_key_into_the_log(capsys: Captured, argv: list[str]) -> None:
+    assert run("serve", *argv) == 2
+
+    captured = capsys.readouterr()
+    assert "s3cret" not in captured.out + captured.err
+    assert captured.err.startswith("logitmill: error: ")
+
+
 def test_a_model_that_cannot_be_served_is_told_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -86,7 +86,8 @@ def test_a_flag_goes_before_a_variable_before_a_file_before_the_default(
     assert settled({}, file, environ) == variable_means
     assert settled({}, file, {}) == file_means
     assert settled({}, None, {}) == default
-    assert settled({}, file, {variable(name): ""}) == file_means  # as good as not set
+    if name != "api_key":
+        assert settled({}, file, {variable(name): ""}) == file_means  # as good as not set
 
 
 def test_options_have_one_name_in_three_spellings() -> None:
@@ -175,8 +176,15 @@ async def test_sampling_options_apply_where_a_request_gives_none(tiny_folder: Pa
         ({"kv_cache_memory": "0"}, "--kv-cache-memory"),
         ({"kv_cache_fraction": "1"}, "--kv-cache-fraction"),
         ({"log_level": "loud"}, "--log-level"),
-        ({"api_key": ""}, "--api-key"),
-        ({"api_key": "a,,b"}, "--api-key"),
+        ({"api_key": ""}, "--api-key: a key must not be empty"),
+        ({"api_key": "a,,b"}, "--api-key: a key must not be empty"),
+        ({"api_key_file": ""}, "--api-key-file: "),
+        ({"host": ""}, "--host: "),
+        ({"model": ""}, "--model: "),
+        ({"amateur_model": ""}, "--amateur-model: "),
+        ({"head_timeout": "0"}, "--head-timeout: .*greater than 0"),
+        ({"body_timeout": "-1"}, "--body-timeout: .*greater than 0"),
+        ({"request_timeout": "-1"}, "--request-timeout: .*0"),
         ({"max_batch_tokens": "8", "max_num_seqs": "9"}, "max_batch_tokens .8. .*max_num_seqs"),
         ({"max_logprobs": "-2"}, "--max-logprobs"),
     ],
@@ -193,6 +201,30 @@ def test_a_bad_variable_is_named() -> None:
         resolve({}, None, {"LOGITMILL_PORT": "x"})
     with pytest.raises(BadOption, match="LOGITMILL_DOCS"):
         resolve({}, None, {"LOGITMILL_DOCS": "perhaps"})
+
+
+@pytest.mark.parametrize("value", ["", " ", ",", " , ", "a,"])
+def test_a_variable_for_keys_that_holds_none_does_not_open_the_server(value: str) -> None:
+    """A secret that was not filled in looks like this."""
+    with pytest.raises(BadOption, match="LOGITMILL_API_KEY: a key must not be empty"):
+        resolve({}, None, {"LOGITMILL_API_KEY": value})
+    with pytest.raises(BadOption, match="LOGITMILL_API_KEY_FILE: "):
+        resolve({}, None, {"LOGITMILL_API_KEY_FILE": ""})
+    assert resolve({"api_key": "k"}, None, {"LOGITMILL_API_KEY": value}).server.api_key == ["k"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"secret,"', '["secret", ""]', '["secret", 5]', "{secret = 5}", '["secret", ["more secret"]]'],
+)
+def test_no_error_shows_a_key(tmp_path: Path, text: str) -> None:
+    file = config_file(tmp_path, f"[server]\napi_key = {text}\n")
+
+    with pytest.raises(BadOption, match=r"api_key in .*options\.toml") as caught:
+        resolve({}, file, {})
+
+    assert "secret" not in str(caught.value)
+    assert "secret" not in repr(ServerConfig(api_key=["secret"]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The end of a server: drained, hurried, or forced by a model that cannot be served."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.support.engines import info, scripted_core
 from tests.support.gated import GatedModel
 from tests.support.scripted import ScriptedModel
 from tests.support.servers import eventually, free_port, make_app
+from tests.support.sockets import Reply, dial, post, read_to_end
 from tests.support.wire import CHAT, COMPLETIONS, assembled, events
 
 BODY = {"prompt": [5], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
@@ -34,11 +37,12 @@ BODY = {"prompt": [5], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
 class Running:
     """A server in a thread of its own, to be sent signals."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, loop: str = "auto") -> None:
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = Server(app, host="127.0.0.1", port=0)
+        self.server.config.loop = loop
         self.state = self.server.state
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
 
@@ -47,9 +51,11 @@ class Running:
 
 
 @contextmanager
-def running(app: FastAPI, gated: GatedModel | None = None) -> Iterator[Running]:
+def running(
+    app: FastAPI, gated: GatedModel | None = None, *, loop: str = "auto"
+) -> Iterator[Running]:
     """A server that is over, and its model let go, when the test is."""
-    one = Running(app)
+    one = Running(app, loop)
     one.thread.start()
     try:
         eventually(lambda: one.server.started)
@@ -180,6 +186,126 @@ def test_what_cannot_wait_is_cut_off_with_an_error(
         assert one.server.exit_code == 0
 
 
+HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n"
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_half_sent_requests_hold_up_nothing_and_are_told(
+    tokenizer: Tokenizer, loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = app_of(ScriptedModel(), tokenizer, shutdown_timeout=600, body_timeout=600)
+    parts = {
+        "body": HEAD + "\r\n{",
+        "head": HEAD,
+        "nothing": "",
+        "idle": "GET /live HTTP/1.1\r\n\r\n",
+    }
+    with running(app, loop=loop) as one:
+        connections = {kind: [dial(one.url) for _ in range(10)] for kind in parts}
+        for kind, text in parts.items():
+            for connection in connections[kind]:
+                connection.sendall(text.encode())
+        for connection in connections["idle"]:
+            response = HTTPResponse(connection)
+            response.begin()
+            assert response.status == 200
+            assert response.read()
+        eventually(lambda: one.state.num_inflight == 10)
+        eventually(lambda: len(one.server.server_state.connections) == 40)
+        one.signal()
+
+        told = {kind: [read_to_end(each) for each in some] for kind, some in connections.items()}
+        one.thread.join(60)
+        assert not one.thread.is_alive()
+        for some in connections.values():
+            for connection in some:
+                connection.close()
+
+    for raw in told["body"] + told["head"]:
+        reply = Reply(raw, 0)
+        assert reply.response.status == 503
+        assert reply.error["code"] == "draining"
+        assert int(reply.response.headers["retry-after"]) >= 1
+    assert {*told["nothing"], *told["idle"]} == {b""}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_body_that_begins_after_the_signal_is_taken_until_the_delay_is_over(
+    tokenizer: Tokenizer,
+) -> None:
+    with running(app_of(ScriptedModel(), tokenizer, drain_delay=600)) as one:
+        eventually(lambda: one.state.engine.info is not None)
+        request = post(COMPLETIONS, BODY)
+        with dial(one.url) as first, dial(one.url) as second:
+            one.signal()
+            eventually(lambda: not one.state.ready)
+            for connection in (first, second):
+                connection.sendall(request[:-5])
+            eventually(lambda: one.state.num_inflight == 2)
+            first.sendall(request[-5:])
+            assert first.recv(1000).startswith(b"HTTP/1.1 200 OK")
+            one.signal()  # the delay is over
+            assert Reply(read_to_end(second), 0).error["code"] == "draining"
+        one.thread.join(60)
+        assert not one.thread.is_alive()
+
+
+def test_what_is_not_read_or_not_done_is_cut_off_without_a_trace(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream that its client leaves unread, and a text that a worker is not done with."""
+    monkeypatch.setattr("server.run._LAST_ANSWERS_S", 0.5)
+    may_encode = threading.Event()
+    encode = tokenizer.encode
+
+    def slow_encode(text: str, **options: Any) -> list[int]:
+        assert len(text) < 30_000 or may_encode.wait(60)
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", slow_encode)
+    model = GatedModel(free_steps=200)
+    app = app_of(model, tokenizer, shutdown_timeout=0.0, slow_client_timeout=600)
+    with running(app, model) as one:
+        one.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        eventually(lambda: one.state.engine.info is not None)
+        with dial(one.url, receive_buffer=4096) as unread, dial(one.url) as waiting:
+            wide = {
+                "messages": [{"role": "user", "content": "hi"}],
+                "stream": True,
+                "logprobs": True,
+            }
+            wide |= {"top_logprobs": 20, "ignore_eos": True}
+            unread.sendall(post(CHAT, wide))
+            waiting.sendall(post("/tokenize", {"prompt": "a" * 30_000}))
+            eventually(lambda: one.state.num_inflight == 2)
+            connections = one.server.server_state.connections
+            eventually(lambda: any(each.flow.write_paused for each in connections))
+            one.signal()
+            assert Reply(read_to_end(waiting), 0).error["code"] == "draining"
+            may_encode.set()
+            model.gate.set()
+            one.thread.join(60)
+            assert not one.thread.is_alive()
+
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_terminal_that_goes_is_a_signal_to_end_unless_the_server_was_told_to_stay(
+    tokenizer: Tokenizer,
+) -> None:
+    server = Server(app_of(ScriptedModel(), tokenizer), host="127.0.0.1", port=0)
+    before = signal.getsignal(signal.SIGHUP)
+    with server.capture_signals():
+        assert signal.getsignal(signal.SIGHUP) == server.handle_exit
+    assert signal.getsignal(signal.SIGHUP) is before
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with server.capture_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_process_ends_when_the_engine_is_dead(tokenizer: Tokenizer) -> None:
     class Breaking(ScriptedModel):
         def forward(self, *_args: Any) -> Any:
@@ -231,7 +357,8 @@ def process(*options: str) -> Iterator["subprocess.Popen[str]"]:
         started.communicate()
 
 
-def test_a_served_folder_drains_on_sigterm(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_served_folder_drains_on_a_signal(tiny_folder: Path, number: signal.Signals) -> None:
     port = free_port()
     options = ("--model", str(tiny_folder), "--port", str(port), "--drain-delay", "0")
     with (
@@ -259,7 +386,7 @@ def test_a_served_folder_drains_on_sigterm(tiny_folder: Path) -> None:
         with client.stream("POST", COMPLETIONS, json=body) as response:
             for chunk in response.iter_raw():
                 if not content:
-                    server.send_signal(signal.SIGTERM)
+                    server.send_signal(number)
                 content += chunk
         answer = assembled(events(content))
         _, errors = server.communicate(timeout=60)
@@ -291,6 +418,36 @@ def test_an_interrupt_while_the_model_loads_leaves_the_loading_behind(
         serve(resolve({"model": str(tiny_folder), "port": port}, None, {}))
     finally:
         may_load.set()
+
+    assert codes == [0]
+
+
+def test_a_thread_that_does_not_end_is_left_behind(
+    tiny_folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GatedModel()  # in the middle of a step
+    core = scripted_core(model, tokenizer)
+    port, codes = free_port(), list[int]()
+
+    def ask_and_interrupt() -> None:
+        eventually(lambda: answers(port))
+        asked = Asked(f"http://127.0.0.1:{port}", BODY)
+        assert model.stopped.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        refused_as_draining(asked.answer)
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        model.gate.set()
+
+    monkeypatch.setattr("server.run.load_engine", lambda *_: (core, info(core)))
+    monkeypatch.setattr("server.run._LAST_THREADS_S", 0.5)
+    monkeypatch.setattr("os._exit", leave)
+    asking = threading.Thread(target=ask_and_interrupt)
+    asking.start()
+    options = {"model": str(tiny_folder), "port": port, "shutdown_timeout": 0}
+    assert serve(resolve(options, None, {})) == 0
+    asking.join(60)
 
     assert codes == [0]
 

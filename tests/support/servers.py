@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import torch
@@ -16,6 +16,7 @@ from engine.core import EngineCore
 from engine.prepare import ModelInfo
 from server.app import create_app
 from server.config import ServerConfig
+from server.listener import UNLIMITED
 from server.run import Server
 
 MODEL = "tiny"
@@ -47,8 +48,21 @@ async def asgi_client(app: FastAPI, *, wait: bool = True) -> AsyncIterator[httpx
 
 
 @contextmanager
-def live_server(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str]:
-    """The application on a real socket of 127.0.0.1, in a thread; gives its URL.
+def live_server(app: FastAPI, **options: Any) -> Iterator[str]:
+    """The application on a real socket of 127.0.0.1, in a thread; gives its URL."""
+    with live(app, **options) as (url, _):
+        yield url
+
+
+@contextmanager
+def live(
+    app: FastAPI,
+    *,
+    send_buffer: int | None = None,
+    loop: Literal["auto", "asyncio", "uvloop"] = "auto",
+    max_files: int = UNLIMITED,
+) -> Iterator[tuple[str, Server]]:
+    """The same, with the server.
 
     `send_buffer` limits what the system keeps of an answer that is not read.
     """
@@ -56,7 +70,8 @@ def live_server(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
-        server = Server(app, host="127.0.0.1", port=0)
+        server = Server(app, host="127.0.0.1", port=0, max_files=max_files)
+        server.config.loop = loop
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -64,7 +79,7 @@ def live_server(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str
             with httpx.Client(trust_env=False, timeout=10) as client:
                 eventually(lambda: _healthy(client, url) or not thread.is_alive())
             assert thread.is_alive(), "the server has ended"
-            yield url
+            yield url, server
         finally:
             server.should_exit = True
             thread.join(timeout=60)
