@@ -23,6 +23,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.set_num_threads(1 if item.get_closest_marker("slow") is None else _CORES)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what makes cgroups, unless it is named.
+
+    An `-m` among the options in pyproject.toml would be replaced by one on the command line.
+    """
+    if "cgroup" not in config.option.markexpr:
+        needs = {item: item.get_closest_marker("cgroup") is not None for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if needs[item]])
+        items[:] = [item for item in items if not needs[item]]
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny models' tokenizer."""
