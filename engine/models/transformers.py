@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from engine.attention.torch_paged import LayerCache, Span
 from engine.errors import ModelUnavailable
 from engine.kernels.linear import Linear
 from engine.models.base import ForwardInput, Head, KVShape, Query, RowByRow, head_dtype
+from engine.models.weights import unread_tensors
 
 _NAME = "logitmill"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -126,7 +126,7 @@ class TransformersModel:
         text = config.get_text_config(decoder=True)
         kind = config.model_type
         _refuse_by_config(config, text)
-        model = _load(folder, kind, dtype)
+        model = _load(folder, config, dtype)
         if getattr(model, "_is_stateful", False):
             raise ModelUnavailable(f"{kind} keeps a state instead of keys and values")
         self._model = model.to(device).eval()
@@ -278,24 +278,23 @@ class TransformersModel:
         return kv_shapes
 
 
-def _load(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    kind = config.model_type
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(folder),
+        with torch.device("meta"):  # takes no memory
+            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model, found = type(outline).from_pretrained(
+            None,
+            config=outline.config,
+            state_dict=_state_dict(folder),
             dtype=dtype,
-            local_files_only=True,
             attn_implementation="eager",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, in a line
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except ModelUnavailable:
+        raise
+    except Exception as error:  # of any kind: a config.json may say anything
         reason = str(error).strip().split("\n")[0]
         raise ModelUnavailable(f"{kind} cannot be loaded: {reason}") from error
     # Both are filled with random numbers, and a warning.
@@ -306,6 +305,17 @@ def _load(folder: Path, kind: str, dtype: torch.dtype) -> Any:
     for name in sorted(found["missing_keys"]):
         raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
     return model
+
+
+def _state_dict(folder: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint, which `transformers` itself would leave mapped to the files."""
+    old = sorted(folder.glob("pytorch_model*.bin"))
+    if not old or any(folder.glob("model*.safetensors*")):
+        return unread_tensors(folder)
+    tensors: dict[str, Any] = {}
+    for file in old:
+        tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    return tensors
 
 
 def _refuse_by_config(config: Any, text: Any) -> None:
