@@ -21,6 +21,16 @@ def parse_size(value: object) -> object:
     return int(float(number) * base ** " KMGT".index(unit.upper() or " "))
 
 
+def shown_size(num_bytes: int) -> str:
+    """1610612736 as "1.5 GiB"."""
+    size, unit = float(num_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 

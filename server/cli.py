@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from engine.config import EngineConfig
@@ -35,13 +37,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         settings = resolve(flags, file)
         if command == "pull":
-            print(locate(settings.engine.model, settings.source).fetch())
+            with _unwound():
+                folder = locate(settings.engine.model, settings.source).fetch()
+            print(folder)
         else:
             sys.exit(_import_serve()(settings))
     except (BadOption, ModelUnavailable) as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Have signals that ask for an end raise an exception, so that nothing half-made is left."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda sent, _: sys.exit(128 + sent)) for number in numbers
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _import_serve() -> Callable[[Settings], int]:

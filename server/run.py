@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Coroutine
 from types import FrameType
 
@@ -37,9 +38,13 @@ def serve(settings: Settings) -> int:
     amateur_name = settings.engine.amateur_model
     amateur = None if amateur_name is None else locate(amateur_name)
 
+    stopping, fetching = threading.Event(), threading.Lock()
+
     def load() -> tuple[EngineCore, ModelInfo]:
-        beside = None if amateur is None else (amateur.name, amateur.fetch())
-        loaded = load_engine(settings.engine, location.fetch(), beside)
+        with fetching:
+            beside = None if amateur is None else (amateur.name, amateur.fetch(stopping))
+            folder = location.fetch(stopping)
+        loaded = load_engine(settings.engine, folder, beside)
         # The garbage collector need not look through all modules again and again: that takes a
         # tenth of a second, in which nothing is answered.
         gc.freeze()
@@ -60,7 +65,9 @@ def serve(settings: Settings) -> int:
     server.run(_listen(config.host, config.port))
     if server.state.engine.state is EngineState.LOADING:
         # The thread that loads is left behind, and inside torch it would not survive the
-        # interpreter's end.
+        # interpreter's end. First it removes what it has half downloaded or converted.
+        stopping.set()
+        fetching.acquire(timeout=_LAST_ANSWERS_S)
         logging.shutdown()
         os._exit(server.exit_code)
     return server.exit_code

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.models.source import Source, locate, read_config
+from engine.models.source import locate, read_config
+from engine.models.wheels import Source
 from engine.tokenizer import Tokenizer
 from tests.support import tiny
 from tests.support.engines import tiny_tokenizer

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from engine.errors import ModelUnavailable
 from engine.kernels.quantized import GROUP, Groups
+from engine.models.tensor_file import GROUPS_FILE, INDEX_FILE
 
-GROUPS_FILE = "groups.safetensors"  # codes of quantised weights, beside their floats
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
@@ -137,10 +136,10 @@ class Weights:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, _File]:
-    index, single = folder / _INDEX, folder / _SINGLE
+    index, single = folder / INDEX_FILE, folder / _SINGLE
     if not index.exists():
         if not single.exists():
-            raise ModelUnavailable(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
+            raise ModelUnavailable(f"{folder} holds neither {_SINGLE} nor {INDEX_FILE}")
         return _tensors_of(_File(single))
     try:
         content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 
 from engine.errors import ModelUnavailable
-from engine.models.source import Part, Source, config_names, home, locate, read_config
+from engine.models.source import config_names, home, locate, read_config
+from engine.models.wheels import Part, Source
 from tests.engine.models.gguf_files import write_llama
 
 ADVICE = "give a local folder or .gguf file to --model instead"
