@@ -82,7 +82,10 @@ class EngineConfig(BaseModel):
         "(`cd_amateur`)",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads for tensor operations; default: all cores"
+        default=None,
+        ge=1,
+        description="CPU threads for tensor operations; default: as many as the process may keep "
+        "busy, by its affinity and the quotas of its cgroups",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.config import shown_size
+from engine.errors import ModelUnavailable
+
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+_STACK = 8 << 20
+_STACKS = 128 << 20  # of threads that compute nothing, and what malloc reserves for each
+_SPACE = "`ulimit -v`"
 _NO_LIMIT = 1 << 60  # version 1 writes "none" as the largest number of whole pages
 
 # Files of a cgroup, of either version: its limits, what it uses, and in memory.stat what of that is
@@ -29,16 +35,27 @@ class Room:
     free: int
     bound: str
 
+    def require(self, size: int, what: str) -> None:
+        """Raise ModelUnavailable with the numbers if there are fewer bytes than that."""
+        if size > self.free:
+            raise ModelUnavailable(
+                f"{what} takes {shown_size(size)} of memory, and {self.bound} leaves "
+                f"{shown_size(self.free)}"
+            )
+
 
 def free_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Room:
     """The memory that this process can still come to use."""
-    rooms = [_of_machine(proc), *_of_groups(proc, cgroup), *_of_limits(proc)]
+    rooms = [_of_machine(proc), *_of_groups(proc, cgroup)]
+    # Threads to come will reserve some of what limits leave, and end the process if they cannot.
+    stacks = _STACKS + _STACK * processors(proc, cgroup)
+    rooms += (Room(max(room.free - stacks, 0), room.bound) for room in _of_limits(proc))
     return min(rooms, key=lambda room: room.free)
 
 
 def address_space(proc: Path = _PROC) -> Room | None:
-    """What `ulimit -v` and `ulimit -d` leave, where code and stacks count too; None: no limit."""
-    return min(_of_limits(proc), key=lambda room: room.free, default=None)
+    """What `ulimit -v` leaves, where code counts, too; None: no limit."""
+    return next((room for room in _of_limits(proc) if room.bound == _SPACE), None)
 
 
 def processors(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
@@ -76,13 +93,13 @@ def _of_limits(proc: Path) -> Iterator[Room]:
     try:
         pages = [int(number) for number in _text(proc / "self/statm").split()]
         soft = {line[:26].strip(): line[26:].split()[0] for line in _lines(proc / "self/limits")}
-        for name, used, option in (
-            ("Max address space", pages[0], "-v"),
-            ("Max data size", pages[5], "-d"),
+        for name, used, bound in (
+            ("Max address space", pages[0], _SPACE),
+            ("Max data size", pages[5], "`ulimit -d`"),
         ):
             if soft[name] != "unlimited":
                 free = int(soft[name]) - used * os.sysconf("SC_PAGE_SIZE")
-                yield Room(max(free, 0), f"`ulimit {option}`")
+                yield Room(max(free, 0), bound)
     except (OSError, ValueError, LookupError):  # not on Linux
         return
 

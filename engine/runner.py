@@ -1,20 +1,20 @@
 """Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
 
-import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine import machine
 from engine.attention import Attention, choose_attention
 from engine.attention.torch_paged import LayerCache, Span
-from engine.config import EngineConfig
+from engine.config import EngineConfig, shown_size
 from engine.errors import ModelUnavailable
 from engine.kernels import native
+from engine.machine import Room
 from engine.memory import back
 from engine.models.base import ForwardInput, Model, Probe
 from engine.numerics import integers
@@ -164,44 +164,50 @@ class Runner:
         return integers(values, self.device)
 
 
-def count_blocks(models: Seq[Model], config: EngineConfig, device: str) -> int:
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How many KV-cache blocks each model gets, and what it is that allows no more."""
+
+    num_blocks: int
+    bound: str
+
+
+def count_blocks(models: Seq[Model], config: EngineConfig, device: str) -> CacheSize:
     """How many KV-cache blocks of each model fit into the memory the configuration grants.
 
     Never more than all lanes at full length could use. Raises ModelUnavailable if not even one
-    sequence of a single block fits.
+    sequence of a single block fits, or if there is less memory than is granted.
     """
     token_bytes = sum(
         shape.numel * model.dtype.itemsize for model in models for shape in model.kv_shapes
     )
     block_bytes = token_bytes * config.block_size
-    granted = config.kv_cache_memory
+    room = free_memory(device)
+    granted, bound = config.kv_cache_memory, "--kv-cache-memory"
     if granted is None:
-        granted = int(free_memory(device) * config.kv_cache_fraction)
+        granted = int(room.free * config.kv_cache_fraction)
+        of = f"{shown_size(room.free)} that {room.bound} leaves"
+        bound = f"{config.kv_cache_fraction:.0%} of the {of}"
     longest = models[0].context_len
     context_len = min(config.max_model_len or longest, longest)
     useful = config.max_num_seqs * -(-context_len // config.block_size)
-    num_blocks = min(granted // block_bytes, useful)
+    num_blocks = granted // block_bytes
     if num_blocks < 1:
         raise ModelUnavailable(
-            f"the KV cache has {granted} bytes and one block of {config.block_size} tokens needs "
-            f"{block_bytes}; raise --kv-cache-memory or lower --block-size"
+            f"the KV cache has {granted} bytes ({bound}) and one block of {config.block_size} "
+            f"tokens needs {block_bytes}; raise --kv-cache-memory or lower --block-size"
         )
-    return int(num_blocks)
+    if num_blocks >= useful:
+        num_blocks, bound = useful, f"all that --max-num-seqs {config.max_num_seqs} can use"
+    room.require(num_blocks * block_bytes, "the KV cache (--kv-cache-memory)")
+    return CacheSize(num_blocks, bound)
 
 
-def free_memory(device: str) -> int:
-    """Bytes that can still be allocated: on CPU what the system or the container leaves."""
-    if device != "cpu":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return max(free, 0)
+def free_memory(device: str) -> Room:
+    """What can still be allocated on a device."""
+    if device == "cpu":
+        return machine.free_memory()
+    return Room(int(torch.cuda.mem_get_info(device)[0]), f"the memory of {device}")
 
 
 def _first_rows(chunks: list[Chunk]) -> dict[int, int]:

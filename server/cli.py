@@ -6,14 +6,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, shown_size
 from engine.errors import ModelUnavailable
+from engine.machine import address_space, free_memory
 from engine.models.source import config_names, locate
 from server import __version__
 from server.settings import OPTIONS, BadOption, Settings, flag, resolve, variable
 
+_SPACE_OF_OTHERS = 400 << 20  # of address space, besides torch's own code: libraries and threads
+_MEMORY_OF_LIBRARIES = 192 << 20
 _DEFAULT_MODEL = EngineConfig.model_fields["model"].default
 _TITLES = {"engine": "running the model", "server": "answering requests"}
 
@@ -67,11 +72,35 @@ def _import_serve() -> Callable[[Settings], int]:
     # Between the parts of a step OpenMP's threads look out for work for half a millisecond,
     # then sleep. By default they go on so long that HTTP never has a core to itself.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # numpy's own threads would have nothing to do, and there is one for every core of the machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _check_room()
     try:
         from server.run import serve
     except ValueError as error:  # a variable that is read on import
         raise BadOption(str(error)) from error
     return serve
+
+
+def _check_room() -> None:
+    """Raise BadOption if the libraries have no room: some end the process without a clear word."""
+    sizes = [file.stat().st_size for file in _torch_folder().glob("lib/*.so*")]
+    needs = [
+        (address_space(), sum(sizes) + _SPACE_OF_OTHERS, "address space"),
+        (free_memory(), _MEMORY_OF_LIBRARIES, "memory"),
+    ]
+    for room, size, kind in needs:
+        if room is not None and room.free < size:
+            raise BadOption(
+                f"the libraries take about {shown_size(size)} of {kind}, and {room.bound} leaves "
+                f"{shown_size(room.free)}"
+            )
+
+
+def _torch_folder() -> Path:
+    """Where torch is, which is most of the code, without importing it."""
+    spec = find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else Path()
 
 
 def _fail(message: str) -> int:

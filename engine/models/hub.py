@@ -67,7 +67,7 @@ def _altered(snapshot: Path) -> list[Path]:
     Where a file system has no links, nothing is known of them.
     """
     links = [path for path in sorted(snapshot.rglob("*")) if path.is_symlink()]
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(min(processors(), 8)) as pool:
         return [
             path for path, whole in zip(links, pool.map(_is_whole, links), strict=True) if not whole
         ]

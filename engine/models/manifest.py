@@ -14,6 +14,7 @@ from engine.machine import processors
 
 FILE = "manifest.json"
 _SEGMENT = 32 << 20  # a thread's share of a large file
+_MOST_THREADS = 4  # more of them only wait for memory
 _BUFFER = 1 << 20  # small enough to be hashed while it is in the processor's cache
 
 
@@ -69,7 +70,7 @@ def digests(files: Sequence[Path]) -> list[str]:
     segments = [
         (file, start) for file in files for start in range(0, max(file.stat().st_size, 1), _SEGMENT)
     ]
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(min(processors(), _MOST_THREADS)) as pool:
         parts = list(pool.map(_segment_digest, segments))
     wholes = {file: xxhash.xxh3_128() for file in files}
     for (file, _), part in zip(segments, parts, strict=True):

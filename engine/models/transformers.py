@@ -20,7 +20,7 @@ from engine.attention.torch_paged import LayerCache, Span
 from engine.errors import ModelUnavailable
 from engine.kernels.linear import Linear
 from engine.models.base import ForwardInput, Head, KVShape, Query, RowByRow, head_dtype
-from engine.models.weights import unread_tensors
+from engine.models.weights import old_files, unread_tensors
 
 _NAME = "logitmill"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -309,8 +309,7 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
 def _state_dict(folder: Path) -> dict[str, Any]:
     """The tensors of a checkpoint, which `transformers` itself would leave mapped to the files."""
-    old = sorted(folder.glob("pytorch_model*.bin"))
-    if not old or any(folder.glob("model*.safetensors*")):
+    if not (old := old_files(folder)):
         return unread_tensors(folder)
     tensors: dict[str, Any] = {}
     for file in old:
