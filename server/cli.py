@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     flags = {name: value for name, value in vars(args).items() if value is not None}
     command, file = flags.pop("command"), flags.pop("config", None)
+    # numpy's own threads would have nothing to do, and there is one for every core of the machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         settings = resolve(flags, file)
         if command == "pull":
@@ -72,8 +74,6 @@ def _import_serve() -> Callable[[Settings], int]:
     # Between the parts of a step OpenMP's threads look out for work for half a millisecond,
     # then sleep. By default they go on so long that HTTP never has a core to itself.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # numpy's own threads would have nothing to do, and there is one for every core of the machine.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _check_room()
     try:
         from server.run import serve

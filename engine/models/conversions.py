@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ModelUnavailable
+from engine.machine import address_space, free_memory
 from engine.models import wheels
 from engine.models.manifest import FILE, Manifest, digests
 from engine.models.scratch import Scratch, discard, scratch
 
 _VERSION = 3  # raise it when conversions made before must not be used any more
+
+_HEAD_BYTES = 1 << 20
+_BYTES = 96 << 20  # that a conversion takes, and for each token of the vocabulary
+_TOKEN_BYTES = 4096
+_LIBRARY_SPACE = 192 << 20  # address space that numpy reserves
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +109,13 @@ def _kept(original: Original, home: Path) -> Path | None:
 
 
 def _converted(original: Original, place: Scratch) -> Path:
-    from engine.models.gguf import convert  # only now: its library takes half a second
-
     folder = place.folder / "converted"
     folder.mkdir()
     file = original.copy(place)
+    _require_memory(file)
     try:
+        from engine.models.gguf import convert  # only now: its library takes half a second
+
         convert(file, folder, place)
     except (ModelUnavailable, OSError):
         raise
@@ -118,6 +125,25 @@ def _converted(original: Original, place: Scratch) -> Path:
     manifest = Manifest.of(folder, version=_VERSION, content=original.content, path=original.path)
     manifest.write(folder)
     return folder
+
+
+def _require_memory(file: Path) -> None:
+    """Raise ModelUnavailable if a file cannot be converted in what memory there is."""
+    what, needed = f"reading {file.name}", _BYTES + _TOKEN_BYTES * _num_tokens(file)
+    free_memory().require(needed, what)
+    if (space := address_space()) is not None:
+        space.require(needed + _LIBRARY_SPACE + file.stat().st_size, what)
+
+
+def _num_tokens(path: Path) -> int:
+    """How large a file's vocabulary is, without the library, which takes memory for each token."""
+    key = b"tokenizer.ggml.tokens"
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    found = head.find(key)
+    # Behind the key stand two numbers of 32 bits, an array and of strings, and its length.
+    length = head[found + len(key) + 8 :][:8] if found >= 0 else b""
+    return min(int.from_bytes(length, "little"), path.stat().st_size)
 
 
 def _discard_earlier(original: Original, home: Path) -> None:

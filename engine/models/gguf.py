@@ -17,16 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelUnavailable
-from engine.machine import free_memory
 from engine.models.gguf_tokenizer import tokenizer_files
 from engine.models.scratch import Scratch
 from engine.models.tensor_file import GROUPS_FILE, INDEX_FILE, Planned, write
 
 _SHARD_BYTES = 2 << 30
 _PIECE_BYTES = 4 << 20
-_HEAD_BYTES = 1 << 20
-_BYTES = 96 << 20  # that a conversion takes, and for each token of the vocabulary
-_TOKEN_BYTES = 4096
 
 Metadata = dict[str, Any]
 
@@ -107,8 +103,6 @@ def convert(path: Path, folder: Path, scratch: Scratch) -> None:
     The file is mapped meanwhile, so nobody else may have it. Raises ModelUnavailable if it is
     broken, holds something that cannot be served, or finds no room on the disk; OSError.
     """
-    needed = _BYTES + _TOKEN_BYTES * _num_tokens(path)
-    free_memory().require(needed, f"reading {path.name}")
     try:
         reader = gguf.GGUFReader(path)
         metadata: Metadata = {
@@ -151,17 +145,6 @@ def convert(path: Path, folder: Path, scratch: Scratch) -> None:
     if groups:
         shards[GROUPS_FILE] = groups
     _write(texts, shards, folder, path.name, scratch)
-
-
-def _num_tokens(path: Path) -> int:
-    """How large a file's vocabulary is, without the library, which takes memory for each token."""
-    key = b"tokenizer.ggml.tokens"
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    found = head.find(key)
-    # Behind the key stand two numbers of 32 bits, an array and of strings, and its length.
-    length = head[found + len(key) + 8 :][:8] if found >= 0 else b""
-    return min(int.from_bytes(length, "little"), path.stat().st_size)
 
 
 def _write(

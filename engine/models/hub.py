@@ -66,7 +66,8 @@ def _altered(snapshot: Path) -> list[Path]:
     They are links to files that are named by their SHA-256 if they are large, else as git does.
     Where a file system has no links, nothing is known of them.
     """
-    links = [path for path in sorted(snapshot.rglob("*")) if path.is_symlink()]
+    names = [*_WANTED, "pytorch_model*.bin"]  # other programs fetch these
+    links = [path for name in names for path in snapshot.rglob(name) if path.is_symlink()]
     with ThreadPoolExecutor(min(processors(), 8)) as pool:
         return [
             path for path, whole in zip(links, pool.map(_is_whole, links), strict=True) if not whole

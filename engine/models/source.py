@@ -11,7 +11,9 @@ from typing import Any
 
 import platformdirs
 
+from engine.config import shown_size
 from engine.errors import ModelUnavailable
+from engine.machine import free_memory
 from engine.models import conversions, hub
 from engine.models.manifest import FILE, Manifest
 from engine.models.scratch import sweep
@@ -32,7 +34,14 @@ class Location:
         has set `stopping`.
         """
         sweep(home())
-        return self._get(threading.Event() if stopping is None else stopping)
+        try:
+            return self._get(threading.Event() if stopping is None else stopping)
+        except (MemoryError, RuntimeError) as error:  # threads that cannot start are the second
+            room = free_memory()
+            raise ModelUnavailable(
+                f"there is too little memory to look for {self.name} ({error}): {room.bound} "
+                f"leaves {shown_size(room.free)}"
+            ) from error
 
 
 def home() -> Path:

@@ -7,11 +7,15 @@ outside that function (mixing tokens, say) would break this, so a model is tried
 its own plain forward pass, and refused if the two differ.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -280,18 +284,21 @@ class TransformersModel:
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     kind = config.model_type
+    tensors = _state_dict(folder)
     try:
         with torch.device("meta"):  # takes no memory
             outline = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        model, found = type(outline).from_pretrained(
-            None,
-            config=outline.config,
-            state_dict=_state_dict(folder),
-            dtype=dtype,
-            attn_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, in a line
-        )
+        _refuse_by_shape(outline, tensors)
+        with _quiet():
+            model, found = type(outline).from_pretrained(
+                None,
+                config=outline.config,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, in a line
+            )
     except ModelUnavailable:
         raise
     except Exception as error:  # of any kind: a config.json may say anything
@@ -299,22 +306,60 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         raise ModelUnavailable(f"{kind} cannot be loaded: {reason}") from error
     # Both are filled with random numbers, and a warning.
     for name, ours, wanted in sorted(found["mismatched_keys"]):
-        raise ModelUnavailable(
-            f"tensor {name!r} is {list(ours)}; with this config.json it would be {list(wanted)}"
-        )
+        raise _misshapen(name, ours, wanted)
     for name in sorted(found["missing_keys"]):
         raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
     return model
 
 
+def _refuse_by_shape(outline: nn.Module, tensors: dict[str, Any]) -> None:
+    """Refuse what is found to be wrong before memory is taken for all that a config.json asks for.
+
+    Not all is, because some families' tensors get other names and shapes on the way.
+    """
+    wanted = outline.state_dict()
+    for name in sorted(tensors.keys() & wanted.keys()):
+        if tuple(tensors[name].shape) != tuple(wanted[name].shape):
+            raise _misshapen(name, tensors[name].shape, wanted[name].shape)
+    size = sum(parameter.numel() for parameter in outline.parameters())
+    found = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if size > 2 * found:
+        raise ModelUnavailable(
+            f"with this config.json the model has {size} weights, and the checkpoint has {found}"
+        )
+
+
+def _misshapen(name: str, shape: Sequence[int], wanted: Sequence[int]) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"tensor {name!r} is {list(shape)}; with this config.json it would be {list(wanted)}"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables and bars of `transformers`: what is wrong is told in one line."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.enable_progress_bar()
+        transformers.logging.set_verbosity(before)
+
+
 def _state_dict(folder: Path) -> dict[str, Any]:
     """The tensors of a checkpoint, which `transformers` itself would leave mapped to the files."""
     if not (old := old_files(folder)):
-        return unread_tensors(folder)
+        return dict(unread_tensors(folder))
     tensors: dict[str, Any] = {}
     for file in old:
-        tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    return tensors
+        try:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        except Exception as error:  # of any kind: it is a program for a small machine
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelUnavailable(f"{file} cannot be read: {reason}") from error
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def _refuse_by_config(config: Any, text: Any) -> None:

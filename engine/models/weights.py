@@ -48,9 +48,6 @@ class Unread:
     def __getitem__(self, index: Any) -> Tensor:
         return self.read()[index]
 
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
     def shaped(self, shape: tuple[int, ...]) -> Tensor:
         """The tensor. Raises ModelUnavailable if it has another shape, or cannot be read."""
         if self.shape != shape:
@@ -96,6 +93,8 @@ class _File:
         self.fill(memoryview(header), 8)
         self._start = 8 + length
         entries = json.loads(header)
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no object")
         entries.pop("__metadata__", None)
         tensors = {name: Unread(self, name, entry) for name, entry in entries.items()}
         end = 0
