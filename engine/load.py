@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from engine import machine
 from engine.config import EngineConfig, shown_size
@@ -18,6 +19,7 @@ from engine.memory import keep_freed_memory
 from engine.models.base import Model
 from engine.models.load import choose_dtype, load_config, load_model, memory_needed
 from engine.models.manifest import Manifest
+from engine.params import SamplingParams
 from engine.prepare import ModelInfo
 from engine.runner import choose_device, count_blocks, free_memory
 from engine.tokenizer import Tokenizer
@@ -130,7 +132,7 @@ def _load_engine(
         amateur_context_len=models[-1].context_len,
         max_beam_width=config.max_beam_width,
         has_lens=model.has_lens,
-        sampling_defaults=_sampling_defaults(generation),
+        sampling_defaults=_sampling_defaults(folder, generation),
     )
     log.info(
         "loaded %s (%s, %s on %s): %d tokens of context, %d of cache (%s), in %.1f s",
@@ -198,20 +200,38 @@ def _identity(folder: Path, dtype: torch.dtype, device: str) -> str:
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     try:
-        content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelUnavailable(f"{file} cannot be read: {error}") from error
     return content
 
 
-def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+def _sampling_defaults(folder: Path, generation: dict[str, Any]) -> dict[str, Any]:
     """What the model's authors recommend; numbers meant for beam search or greedy are left out."""
-    return {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    defaults = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    for name, value in list(defaults.items()):
+        try:
+            SamplingParams.model_validate({name: value})
+        except ValidationError as error:
+            log.warning(
+                "%s: %s is left out: %s, got %r",
+                folder / "generation_config.json",
+                name,
+                error.errors()[0]["msg"],
+                value,
+            )
+            del defaults[name]
+    return defaults
 
 
 def _eos_token_ids(config: Any, generation: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
     ids: set[int] = set()
     text = config.get_text_config(decoder=True)
     for ends in (generation.get("eos_token_id"), text.eos_token_id, tokenizer.eos_id):
-        ids |= {ends} if isinstance(ends, int) else set(ends or ())
+        some = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+        if not all(type(end) is int for end in some):
+            raise ModelUnavailable(f"eos_token_id must be ids of tokens, got {ends!r}")
+        ids |= set(some)
     return frozenset(ids)

@@ -10,7 +10,18 @@ from engine.kernels import native
 from engine.models import llama
 from engine.models.base import Model
 from engine.models.invariance import is_batch_invariant
-from engine.models.weights import Weights, four_bit_names, num_elements
+from engine.models.weights import Weights, four_bit_names, num_elements, old_files
+
+# What a config counts, of which none can be more than there are weights.
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def load_config(folder: Path) -> Any:
@@ -45,9 +56,11 @@ def memory_needed(
 ) -> int:
     """About how many bytes a model takes while `load_model` loads it, by the sizes of its tensors.
 
-    Raises ModelUnavailable if they cannot be read.
+    Raises ModelUnavailable if they cannot be read, or are not those of any such config.
     """
     sizes = num_elements(folder)
+    if not old_files(folder):
+        _check_numbers(config, sizes)
     largest = max(sizes.values(), default=0)
     if _library(dtype, device, quantize) is None or not llama.fits(config):
         # What is read is converted; on the CPU, logits are computed in float32 (see `Head`).
@@ -57,6 +70,15 @@ def memory_needed(
     halved = four_bit_names(folder)
     total = sum(size * (5 if name in halved else 9) // 8 for name, size in sizes.items())
     return total + largest * (2 if halved else 8)  # unpacked codes, or floats that are rounded
+
+
+def _check_numbers(config: Any, sizes: dict[str, int]) -> None:
+    """Refuse numbers that no such weights can have, before anything is made by them."""
+    total = sum(sizes.values())
+    for name in _COUNTS:
+        value = getattr(config.get_text_config(decoder=True), name, None)
+        if isinstance(value, int) and value > total:
+            raise ModelUnavailable(f"config.json has {name} {value}, and there are {total} weights")
 
 
 @torch.inference_mode()
