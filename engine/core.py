@@ -28,6 +28,7 @@ from engine.messages import (
     Finished,
     FinishReason,
     LayerTrace,
+    Listed,
     Probability,
     Request,
     StepStats,
@@ -356,7 +357,7 @@ class EngineCore:
             for row, wish in wishes.items()
         }
 
-    def _through_lens(self, states: Tensor, top: int) -> Iterator[tuple[Probability, ...]]:
+    def _through_lens(self, states: Tensor, top: int) -> Iterator[Listed[Probability]]:
         """The likeliest tokens of states of layers [n, H], some at a time."""
         for some in states.split(self._rows_at_once):
             logits = self.model.logits(self.model.final_norm(some))[:, : self.vocab_size]

@@ -102,7 +102,7 @@ def _distinct(layers: list[int]) -> list[int]:
 
 
 Integer = Annotated[int, BeforeValidator(_integral), AfterValidator(_fits)]
-TokenIds = Annotated[list[int], BeforeValidator(_all_integral)]
+TokenIds = Annotated[list[int], Field(fail_fast=True), BeforeValidator(_all_integral)]
 Layers = Annotated[list[Integer], Field(max_length=MAX_LAYERS), AfterValidator(_distinct)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Warmth = Annotated[Number, Field(gt=0.0, le=2.0)]
@@ -924,8 +924,10 @@ def _check_pattern(pattern: str) -> None:
         message = "cot_pattern is too complex: it is nested too deeply"
     except MemoryError:
         message = "cot_pattern is too complex: compiling it takes too much memory"
-    except Exception as error:  # noqa: BLE001 - what `regex` raises beside its own error
+    except regex.error as error:
         message = f"cot_pattern is no regular expression: {error}"
+    except Exception as error:  # noqa: BLE001 - what else `regex` raises, or who watches over it
+        message = f"cot_pattern cannot be compiled: {error}"
     raise PydanticCustomError(
         "invalid_value", "{message}", {"message": message, "param": "cot_pattern"}
     )

@@ -78,10 +78,12 @@ def prepare(
     clamp_max_tokens: bool = False,
     priority: int = 0,
     cache_salt: str = "",
+    arrival_s: float | None = None,
 ) -> Request:
     """Check a request against the model and resolve what it left open.
 
-    `prompt_param` is the field to blame for a bad prompt. Raises InvalidRequest.
+    `prompt_param` is the field to blame for a bad prompt; the request came at `arrival_s`, or just
+    now. Raises InvalidRequest.
     """
     check_ids(prompt_ids, info, prompt_param)
     check_ids(params.stop_token_ids, info, "stop_token_ids")
@@ -137,7 +139,7 @@ def prepare(
         stream=output.stream,
         priority=priority,
         cache_salt=cache_salt,
-        arrival_s=time.monotonic(),
+        arrival_s=time.monotonic() if arrival_s is None else arrival_s,
     )
 
 
@@ -321,17 +323,21 @@ def _check_length(parts: _Parts, prompt_param: str, default: int | None, clamp: 
     room, context_len = parts.room, parts.info.context_len
     prompt_len = context_len - room
     asked = parts.params.max_tokens
-    too_long = room < 0 or (room == 0 and asked != 0)
-    if too_long or (asked is not None and asked > room and not clamp):
+    full = room < 0 or (room == 0 and asked != 0)
+    if full or (asked is not None and asked > room and not clamp):
         completion = asked if asked is not None else (default or 1)
-        raise InvalidRequest(
-            f"This model's maximum context length is {context_len} tokens. However, you "
-            f"requested {prompt_len + completion} tokens ({prompt_len} in the prompt, "
-            f"{completion} in the completion). Please reduce the length of the prompt or the "
-            "completion.",
-            prompt_param,
-            "context_length_exceeded",
-        )
+        raise too_long(context_len, prompt_len, completion, prompt_param)
+
+
+def too_long(context_len: int, prompt_len: int, completion: int, param: str) -> InvalidRequest:
+    """What is told where a prompt and what is to follow it exceed the context."""
+    return InvalidRequest(
+        f"This model's maximum context length is {context_len} tokens. However, you requested "
+        f"{prompt_len + completion} tokens ({prompt_len} in the prompt, {completion} in the "
+        "completion). Please reduce the length of the prompt or the completion.",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def _max_tokens(parts: _Parts, prompt_param: str, default: int | None) -> int:

@@ -55,6 +55,7 @@ def serve(settings: Settings) -> int:
         config.served_model_name or [location.name],
         max_waiting=settings.engine.max_waiting,
         sampling=settings.sampling,
+        warm=True,
     )
     server = Server(app, host=config.host, port=config.port)
     server.run(_listen(config.host, config.port))
