@@ -48,7 +48,11 @@ def main(descriptor: int) -> None:
     os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     control = socket.socket(fileno=descriptor)
-    reader: Reader = pickle.loads(receive(control))
+    content = receive(control)
+    if not content:  # whoever started this has ended
+        return
+    reader: Reader = pickle.loads(content)
+    del content
     reader.tokenizer.warm_up()
     gc.freeze()  # what is there by now is there for good, and shared with all workers
     while True:

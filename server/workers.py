@@ -34,8 +34,7 @@ class Workers:
     """Reads bodies in other processes, started when the first one comes. For the event loop."""
 
     def __init__(self) -> None:
-        self._forker: _Forker | None = None
-        self._starting = asyncio.Lock()
+        self._forker: asyncio.Task[_Forker] | None = None
         self._idle: deque[_Worker] = deque()
         self._free = asyncio.Semaphore(_MOST_WORKERS)
         self._free_large = asyncio.Semaphore(_MOST_LARGE)
@@ -64,7 +63,8 @@ class Workers:
             self._idle.pop().close()
         forker, self._forker = self._forker, None
         if forker is not None:
-            await asyncio.to_thread(forker.stop)
+            with suppress(Overloaded):  # it has never started
+                await asyncio.to_thread((await forker).stop)
 
     async def _read(self, incoming: Incoming, reader: Reader) -> Input:
         async with self._free:
@@ -99,7 +99,7 @@ class Workers:
             return await forker.fork()
         except (OSError, EOFError):
             log.warning("the process that forks workers has ended; another one is started")
-            if self._forker is forker:
+            if self._forker is not None and self._forker.done() and self._forker.result() is forker:
                 await self.stop()
             try:
                 return await (await self._forker_of(reader)).fork()
@@ -107,10 +107,16 @@ class Workers:
                 raise Overloaded("the process that reads bodies cannot be started") from error
 
     async def _forker_of(self, reader: Reader) -> "_Forker":
-        async with self._starting:
-            if self._forker is None:
-                self._forker = await _Forker.start(reader)
-            return self._forker
+        if self._forker is None:
+            self._forker = asyncio.create_task(_Forker.start(reader))
+        task = self._forker
+        try:
+            # Whoever waits first may leave; the others still wait for it.
+            return await asyncio.shield(task)
+        except Overloaded:
+            if self._forker is task:
+                self._forker = None  # the next one tries again
+            raise
 
 
 class _Worker:
@@ -180,7 +186,11 @@ class _Forker:
         """A new worker. Raises OSError or EOFError if there is no process to fork any more."""
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self._control, [FORK], [theirs.fileno()])  # one byte: nobody waits
+            try:
+                socket.send_fds(self._control, [FORK], [theirs.fileno()])  # one byte: nobody waits
+            except OSError:
+                ours.close()
+                raise
         worker = _Worker(*await asyncio.open_connection(sock=ours, limit=1 << 20))
         try:
             worker.pid = int(await asyncio.wait_for(worker.receive(), _START_S))
