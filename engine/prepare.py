@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.messages import Request, TraceWish
-from engine.params import Method, SamplingParams, SedParams
+from engine.params import Method, SamplingParams, SedParams, max_waiting
 from engine.tokenizer import Tokenizer
 
 _SHALLOW = 40  # models of more layers take DoLa's buckets from the first and the last 20
@@ -101,6 +101,7 @@ def prepare(
             f"min_tokens must be at most max_tokens, here {max_tokens}, got {params.min_tokens}",
             "min_tokens",
         )
+    _check_memory(params.beam_memory, max_tokens)
     stop_tokens: dict[int, int | str] = {token_id: token_id for token_id in params.stop_token_ids}
     stop_texts = set(params.stop)
     for token_id, text in tokenizer.special.items():
@@ -382,6 +383,17 @@ def _check_width(params: SamplingParams, info: ModelInfo, rows: int) -> None:
             f"{name} must be at most {most}, the number of sequences{each} this server computes "
             f"together, got {width}",
             name,
+        )
+
+
+def _check_memory(beam_memory: int, max_tokens: int) -> None:
+    """Raises InvalidRequest."""
+    most = max_waiting(max_tokens)
+    if beam_memory > most:
+        raise InvalidRequest(
+            f"beam_memory must be at most {most}, so many hypotheses of up to {max_tokens} tokens "
+            f"may wait, got {beam_memory}",
+            "beam_memory",
         )
 
 

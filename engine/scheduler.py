@@ -94,7 +94,7 @@ class Scheduler:
         """Take a group out, whatever its state; one that has ended is in no queue."""
         for sequence in group.sequences:
             self._free(sequence)
-        group.live, group.asleep = [], []
+        group.live, group.asleep = [], {}
         for queue in (self.running, self.waiting):
             if group in queue:
                 queue.remove(group)
@@ -135,7 +135,11 @@ class Scheduler:
         for priority in sorted({group.request.priority for group in (*running, *waiting)}):
             if budget <= 0:
                 return
-            prompts = [group for group in running if group.request.priority == priority]
+            prompts = [
+                group
+                for group in running
+                if group.request.priority == priority and not _gave_way(group)
+            ]
             queued = [group for group in waiting if group.request.priority == priority]
             if queued and not self._admit_some(prompts, queued, budget, plan):
                 waiting = []
@@ -184,7 +188,7 @@ class Scheduler:
 
         If memory is short, the last in turn gives way, planned or not; it may be the group itself.
         """
-        if group.live[0].lane < 0:  # it has given way in this step
+        if _gave_way(group):
             return 0
         chunks = self._chunks(group, budget)
         while not self._reserve(group, chunks, plan):
@@ -474,7 +478,9 @@ class Scheduler:
         Whatever ends or falls asleep gives its lane back before a fork takes one, so a group never
         holds more lanes than its strategy's width.
         """
-        parents = [*group.live, *group.asleep]
+        parents = list(dict.fromkeys([*group.live, *(branch.parent for branch in branches)]))
+        if any(parent not in group.asleep for parent in parents[len(group.live) :]):
+            raise ValueError("the strategy returned a branch of a sequence that is not the group's")
         heirs: dict[int, list[Sequence]] = {id(parent): [] for parent in parents}
         last = {id(branch.parent): index for index, branch in enumerate(branches)}
         live: list[Sequence] = []
@@ -483,6 +489,8 @@ class Scheduler:
         starts: dict[int, int] = {}  # how long each heir was before this step
         for index, branch in enumerate(branches):
             parent = branch.parent
+            if branch.dropped:
+                continue
             # A parent becomes its last branch; those before are copies of it.
             sequence = parent if last[id(parent)] == index else self._fork(parent)
             starts[id(sequence)] = len(sequence.token_ids)
@@ -500,12 +508,12 @@ class Scheduler:
             raise ValueError("the strategy lets every sequence sleep")
         if not live and not group.finished:
             raise ValueError("the strategy dropped every sequence")
-        if live == group.live and not group.asleep and not reseeded:
+        if live == parents and not reseeded:
             for sequence in live:  # all go on as they are
                 self._note_appended(sequence, starts[id(sequence)])
             return
         # Should a lane fail, whoever holds something by then is found in the group, to be freed.
-        group.live, group.asleep = list(dict.fromkeys((*parents, *live, *asleep))), []
+        group.live = list(dict.fromkeys((*parents, *live, *asleep)))
         awake = {id(sequence) for sequence in live}
         newcomers: list[tuple[Sequence, int]] = []  # who need a lane, and whose to copy, or -1
         for parent in parents:
@@ -522,9 +530,12 @@ class Scheduler:
         for sequence in live:
             if id(sequence) not in written:
                 self._note_appended(sequence, starts[id(sequence)])
-        group.live, group.asleep = live, asleep
+        for parent in parents:
+            group.asleep.pop(parent, None)
+        group.asleep.update(dict.fromkeys(asleep))
+        group.live = live
         if not live:
-            self.running.remove(group)
+            self.drop(group)
 
     def flush(self) -> list[tuple[Group, Exception]]:
         """Write what was committed since the last call to the lanes, all at once.
@@ -681,6 +692,11 @@ def _complete(group: Group) -> bool:
 
 def _turn(group: Group) -> tuple[int, float]:
     return group.request.priority, group.request.arrival_s
+
+
+def _gave_way(group: Group) -> bool:
+    """Has a group of those that were running been preempted in this step?"""
+    return group.live[0].lane < 0
 
 
 def _catching_up(group: Group) -> bool:
