@@ -55,12 +55,18 @@ class Scheduler:
         budget: int,
         prefix_cache: bool,
         prefill_ratio: int | None = None,
+        deep: int = 1 << 62,
     ) -> None:
+        """Beside running sequences a step has `prefill_ratio` prompt tokens for each.
+
+        Those behind more than `deep` tokens cost more to compute, so there are fewer.
+        """
         self.pools = pools
         self.lanes = lanes
         self.sampler = sampler
         self.budget = budget
         self.prefill_ratio = prefill_ratio
+        self.deep = deep
         self.prefix_cache = prefix_cache
         self.waiting: list[Group] = []
         self.running: list[Group] = []
@@ -119,13 +125,20 @@ class Scheduler:
             if id(group) not in late:
                 budget -= self._place(group, budget, plan)
         if self.prefill_ratio is not None and plan.chunks:
-            budget = min(budget, max(_LEAST_BESIDE, self.prefill_ratio * len(plan.chunks)))
+            budget = min(budget, self._beside(len(plan.chunks), behind))
         # Where somebody has just given way, nobody comes who would need the same memory.
         waiting = self.waiting.copy() if preempted == self.num_preemptions else []
         self._plan_prompts(plan, budget, behind, waiting)
         for group, error in self.flush():
             self._fail(plan, group, error)
         return plan
+
+    def _beside(self, num_running: int, behind: list[Group]) -> int:
+        """How many prompt tokens a step has beside running sequences, so that those go on soon."""
+        assert self.prefill_ratio is not None
+        most = max(_LEAST_BESIDE, self.prefill_ratio * num_running)
+        deepest = max((group.live[0].num_computed for group in behind), default=0)
+        return max(int(most / max((1 + deepest / self.deep) / 2, 1.0)), 1)
 
     def _plan_prompts(
         self, plan: Plan, budget: int, running: list[Group], waiting: list[Group]
@@ -191,7 +204,7 @@ class Scheduler:
         if _gave_way(group):
             return 0
         chunks = self._chunks(group, budget)
-        while not self._reserve(group, chunks, plan):
+        while not self._reserve(chunks, plan):
             victim = self.running[-1]
             _take_out(plan, victim)
             self._preempt(victim)
@@ -218,17 +231,11 @@ class Scheduler:
                 budget -= length
         return chunks
 
-    def _reserve(self, group: Group, chunks: list[Chunk], plan: Plan) -> bool:
-        """Take the blocks the chunks write to and add them to the plan, or change nothing.
-
-        Sleepers' blocks are only kept while nobody needs them.
-        """
+    def _reserve(self, chunks: list[Chunk], plan: Plan) -> bool:
+        """Take the blocks the chunks write to and add them to the plan, or change nothing."""
         writers = [chunk for chunk in chunks if not self._has_room(chunk)]
         if not self._fit(writers):
-            for sequence in group.asleep:
-                self._free(sequence)
-                if sequence.companion is not None:
-                    self._free(sequence.companion)
+            self._free_sleepers()
             if not self._fit(writers):
                 return False
         for chunk in writers:
@@ -268,7 +275,7 @@ class Scheduler:
                 holders = refs.setdefault((model, block), pool.refs[block])
                 needed[model] += holders > 1
                 refs[model, block] = max(holders - 1, 1)
-        return all(n <= pool.num_free for n, pool in zip(needed, self.pools, strict=True))
+        return self._have(needed)
 
     # -- admission and preemption
 
@@ -288,7 +295,9 @@ class Scheduler:
         for other in self.running:
             if _catching_up(other):
                 needed = [n + more for n, more in zip(needed, self._missing(other), strict=True)]
-        if any(n > pool.num_free for n, pool in zip(needed, self.pools, strict=True)):
+        if not self._have(needed):
+            self._free_sleepers()
+        if not self._have(needed):
             for sequence in first:
                 self._free(sequence)
             return False
@@ -310,6 +319,16 @@ class Scheduler:
             if sequence.num_generated == 0:  # all others are copies of it
                 source = group.live[0].lane
         return True
+
+    def _have(self, needed: list[int]) -> bool:
+        """Are so many blocks of each pool free?"""
+        return all(n <= pool.num_free for n, pool in zip(needed, self.pools, strict=True))
+
+    def _free_sleepers(self) -> None:
+        """Take back what sleepers hold: it is only kept while nobody needs it."""
+        for group in self.running:
+            for sequence in with_companions(list(group.asleep)):
+                self._free(sequence)
 
     def _missing(self, group: Group) -> list[int]:
         """How many blocks of each pool a group still needs for the tokens it has."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -24,13 +24,15 @@ from server.schemas import (
     TokenLogprob,
     TokenTraceBody,
     TopLogprob,
+    TracedLayer,
     TracedToken,
     Usage,
 )
 from server.whole import Each
 
 _LOWEST = -9999.0  # JSON has no -infinity
-_SHORT = 32  # tokens of a delta that are formatted in one go
+_SHORT = 32  # tokens of a delta that are formatted in one go,
+_FEW = 1024  # if no more than so many others are listed with them
 
 
 @dataclass(slots=True)
@@ -323,14 +325,24 @@ class ChatChoices(Choices):
         }
 
 
-def is_long(delta: Delta) -> bool:
-    """Are there so many tokens that they are written a little at a time?"""
-    return len(delta.tokens) + len(delta.prompt) > _SHORT
+def is_long(*lists: Sequence[Token]) -> bool:
+    """Is there so much to be told of these tokens that it is written a little at a time?"""
+    if sum(map(len, lists)) > _SHORT:
+        return True
+    return sum(_num_listed(token) for tokens in lists for token in tokens) > _FEW
 
 
 def each(tokens: Sequence[Token], entries: Callable[[], Iterable[Any]]) -> Any:
     """What is made of some tokens: a list, or entries that are made as they are written."""
-    return Each(entries) if len(tokens) > _SHORT else list(entries())
+    return Each(entries) if is_long(tokens) else list(entries())
+
+
+def _num_listed(token: Token) -> int:
+    trace = token.trace
+    if trace is None:
+        return len(token.top)
+    tops = (trace.before, trace.after, *(layer.top for layer in trace.layers))
+    return len(token.top) + sum(map(len, tops))
 
 
 def _logprob(token: Token) -> float | None:
@@ -345,6 +357,9 @@ def trace_body(token: Token, trace: TokenTrace, tokenizer: Tokenizer) -> TokenTr
             {"token_id": one.token_id, "token": tokenizer.text_of(one.token_id), "prob": one.prob}
             for one in top
         ]
+
+    def layers() -> Iterator[TracedLayer]:
+        return ({"layer": one.layer, "top": named(one.top)} for one in trace.layers)
 
     body: TokenTraceBody = {
         "token_id": token.id,
@@ -364,7 +379,7 @@ def trace_body(token: Token, trace: TokenTrace, tokenizer: Tokenizer) -> TokenTr
         "top_after": named(trace.after),
     }
     if trace.layers:
-        body["layers"] = [{"layer": one.layer, "top": named(one.top)} for one in trace.layers]
+        body["layers"] = each([token], layers)
     return body
 
 

@@ -1,7 +1,6 @@
 """Run the server: a socket, uvicorn, and an end in steps."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from engine.client import EngineState
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable, Overloaded
 from engine.load import load_engine
+from engine.memory import keep_collections_short
 from engine.models.source import locate
 from engine.prepare import ModelInfo
 from server.app import create_app
@@ -40,9 +40,7 @@ def serve(settings: Settings) -> int:
     def load() -> tuple[EngineCore, ModelInfo]:
         beside = None if amateur is None else (amateur.name, amateur.fetch())
         loaded = load_engine(settings.engine, location.fetch(), beside)
-        # The garbage collector need not look through all modules again and again: that takes a
-        # tenth of a second, in which nothing is answered.
-        gc.freeze()
+        keep_collections_short()
         return loaded
 
     config = settings.server

@@ -69,7 +69,7 @@ class EventStream(StreamingResponse):
                     yield _KEEP_ALIVE
                     continue
                 for chunk in self._chunks(message):
-                    if isinstance(message, Delta) and is_long(message):
+                    if isinstance(message, Delta) and is_long(message.prompt, message.tokens):
                         for part in (b"data: ", *await parts_of(chunk), b"\n\n"):
                             yield part
                     else:

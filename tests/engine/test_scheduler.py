@@ -123,6 +123,21 @@ def test_prompts_take_only_so_much_of_a_step_beside_running_streams(
     assert all(len(plan.chunks) == streams + 1 for plan in plans)
 
 
+def test_prompt_tokens_deep_in_their_context_are_fewer_beside_running_streams(
+    tokenizer: Tokenizer,
+) -> None:
+    """Attention makes them dearer: at three times the depth at which they cost double, half."""
+    core = core_of(tokenizer, num_blocks=128)
+    core.scheduler.deep = 32
+    submit(core, 4, "stream", max_tokens=60)
+    step(core, 2)
+    plans = record_plans(core)
+    submit(core, 140, "long", first=50)
+    step(core, 12)
+    parts = [dict(lengths(plan))["long"] for plan in plans]
+    assert parts == [16, 16, 16, 12, 11, 9, 9, 8, 7, 7, 7, 6]
+
+
 def test_only_on_cpu_there_is_such_a_limit_by_default() -> None:
     config = EngineConfig()
     assert config.prompt_tokens_beside("cpu") == 2

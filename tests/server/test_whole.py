@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from server.whole import Each, parts_of, pieces
-from tests.support.wire import COMPLETIONS, post_stream
+from tests.support.wire import CHAT, COMPLETIONS, post_stream
 
 ALPHABET = ["a", '"', "\\", "é", "😀", "\n", "\x00", "/"]
 
@@ -87,3 +87,25 @@ def test_a_long_answer_is_the_same_streamed_or_not(client: httpx.Client) -> None
         assert len(whole[index]["logprobs"]["tokens"]) == 150
         traces = [trace for one in own for trace in one["trace"]]
         assert traces == whole[index]["trace"]
+
+
+@pytest.mark.parametrize("few", [0, 30, 10_000])
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_that_list_much_are_written_a_little_at_a_time(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, chat: bool, few: int
+) -> None:
+    """Streamed or not, the same as in one go."""
+    listed = {"trace": {"top": 20, "layers": [0, 1]}, "temperature": 0, "max_tokens": 3}
+    if chat:
+        path, body = CHAT, {"messages": [{"role": "user", "content": "a"}], "logprobs": True}
+        body |= {"top_logprobs": 4}
+    else:
+        path, body = COMPLETIONS, {"prompt": "a", "logprobs": 4}
+    want = client.post(path, json=body | listed).json()["choices"][0]
+    monkeypatch.setattr("server.answers._FEW", few)
+    whole = client.post(path, json=body | listed).json()["choices"][0]
+    assert whole == want
+    chunks = post_stream(client, path, body | listed)
+    traces = [trace for chunk in chunks for trace in chunk["choices"][0].get("trace", [])]
+    assert traces == want["trace"]
+    assert len(traces[0]["layers"]) == 2

@@ -28,9 +28,11 @@ from tests.support.beams import (
     toy_core,
 )
 from tests.support.engines import (
+    EOS,
     Results,
     assert_all_free,
     collect,
+    request,
     run,
     scripted_core,
     tiny_core,
@@ -402,6 +404,30 @@ def test_enough_memory_changes_nothing(small: Tiny) -> None:
     unlimited = small.search(prompts, **options)
     limited = small.search(prompts, **options, beam_memory=4 * 7)
     assert limited.choices == unlimited.choices
+
+
+def test_sleepers_keep_no_blocks_from_other_requests(tokenizer: Tokenizer) -> None:
+    """Neither from one that runs, which had to give way to them, nor from one that waits."""
+    core = scripted_core(ScriptedModel(attentive=True), tokenizer, num_blocks=24)
+    options = {"beam_strategy": "best_first", "beam_width": 8, "n": 8, "max_tokens": 24}
+    core.submit(beams(core, [30, 31, 32], "search", **options, ignore_eos=True))
+    results = Results()
+
+    def step() -> None:
+        collect(results, core.step()[0])
+        check(core)
+
+    while core.scheduler.pool.num_free > 2:
+        step()
+    assert len(core.scheduler.running[0].asleep) > 4
+    short = request(core, [3] * 9, "short", max_tokens=24, logit_bias={str(EOS): -100})
+    core.submit(short)
+    num_steps = 0
+    while "short" not in results.finished:
+        step()
+        num_steps += 1
+    assert num_steps == 24
+    assert results.finished["short"].num_preemptions == 0
 
 
 def test_sleepers_that_lose_their_blocks_are_computed_again(tokenizer: Tokenizer) -> None:
