@@ -2,9 +2,10 @@
 
 A neighbour streams, `GET /live` is asked every 20 ms, and attacks come one after the other:
 bodies, parameters and programs chosen to take as long and as much as they can. For each a line:
-what it was answered, how long that took, the longest and the 99th of a hundred gaps in the neighbour's stream, as
-multiples of the longest and of the 99th of a hundred when it was alone, the latest `/live`, and the
-memory that the server's processes have afterwards. One line of JSON comes last.
+what it was answered, how long that took, the longest and the 99th of a hundred gaps in the
+neighbour's stream, as multiples of the longest and of the 99th of a hundred when it was alone, the
+latest `/live`, and the memory that the server's processes have afterwards. One line of JSON comes
+last.
 
     python -m benchmarks.hostile
     python -m benchmarks.hostile --only templates patterns --rounds 2
@@ -12,13 +13,14 @@ memory that the server's processes have afterwards. One line of JSON comes last.
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,6 @@ class Attack:
 
     name: str
     make: Callable[[Target], list[tuple[str, bytes]]]  # paths and bodies
-    needs: str = ""  # an option that the server must have been started with
 
 
 def _asks(path: str, *bodies: dict[str, Any]) -> list[tuple[str, bytes]]:
@@ -202,12 +203,11 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("deep JSON", lambda _: [
         (COMPLETIONS, b'{"prompt": "a", "temperature": ' + b"[" * 965 + b"]" * 965 + b"}")]),
     Attack("a template without end", lambda _: _asks(
-        CHAT, {"messages": _user("a"), "chat_template": ENDLESS}), "--trust-request-templates"),
+        CHAT, {"messages": _user("a"), "chat_template": ENDLESS})),
     Attack("a template that doubles a text", lambda _: _asks(
-        CHAT, {"messages": _user("a"), "chat_template": DOUBLING}), "--trust-request-templates"),
+        CHAT, {"messages": _user("a"), "chat_template": DOUBLING})),
     Attack("eight templates without end", lambda _: _asks(
-        CHAT, *[{"messages": _user("a"), "chat_template": ENDLESS}] * 8),
-        "--trust-request-templates"),
+        CHAT, *[{"messages": _user("a"), "chat_template": ENDLESS}] * 8)),
     # What is asked for properly, and is much.
     Attack("a prompt of 2,000 tokens", lambda t: _asks(
         COMPLETIONS, {"prompt": _spread(t.context_len // 4), "max_tokens": 1})),
@@ -218,16 +218,16 @@ ATTACKS: tuple[Attack, ...] = (
 class Watch:
     """What others see meanwhile. Seconds."""
 
-    stream: serve.Sample = field(default_factory=serve.Sample)
+    streams: list[list[float]] = field(default_factory=list)  # when each token came, by stream
     lives: list[tuple[float, float]] = field(default_factory=list)  # when, and how long
 
     def gaps(self, begin: float, end: float) -> list[float]:
-        """Between the neighbour's tokens, the one that is not over yet too."""
-        times = [at for at in self.stream.times if at >= begin] or [begin]
-        last = [at for at in self.stream.times if at < begin][-1:]
-        times = [*last, *times]
-        closed = [after - before for before, after in pairwise(times)]
-        return [*closed, end - times[-1]] if end > times[-1] else closed
+        """Between the tokens of a stream, the one that is not over yet too."""
+        found: list[float] = []
+        for times in self.streams:
+            closed = pairwise([*times, end] if times is self.streams[-1] else times)
+            found += [after - before for before, after in closed if begin <= after]
+        return found
 
     def late(self, begin: float, end: float) -> float:
         return max((took for at, took in self.lives if begin <= at < end), default=0.0)
@@ -253,7 +253,7 @@ async def attacked(
     pids: Sequence[int] = (),
     patience_s: float = 60.0,
 ) -> tuple[Seen, list[Seen]]:
-    """What a neighbour saw alone, and during each attack; its client leaves when that takes long."""
+    """What a neighbour saw alone, and during each attack, whose clients leave in the end."""
     load = _neighbour(url, target)
     found: list[Seen] = []
     async with serve.connect(load, 64) as http:
@@ -261,7 +261,7 @@ async def attacked(
         tasks = [asyncio.create_task(_stream(http, load, watch)),
                  asyncio.create_task(_ask_live(http, watch))]  # fmt: skip
         try:
-            await _until(lambda: len(watch.stream.times) > 20)
+            await _until(lambda: bool(watch.streams) and len(watch.streams[-1]) > 20)
             begin = time.perf_counter()
             await asyncio.sleep(3.0)
             alone = _seen("alone", (), begin, watch, pids)
@@ -298,14 +298,16 @@ def _seen(
 
 async def _stream(http: aiohttp.ClientSession, load: serve.Load, watch: Watch) -> None:
     """One stream after the other, for as long as anybody watches."""
-    number = 0
-    while True:
-        body = load.body(number) | {"model": None, "ignore_eos": True}
+    for number in count():
+        body = load.body(number) | {"ignore_eos": True}
+        del body["model"]
         async with http.post(COMPLETIONS, json=body) as response:
+            times: list[float] = []
             async for line in response.content:
                 if line.startswith(b'data: {"id"'):
-                    watch.stream.times.append(time.perf_counter())
-        number += 1
+                    times.append(time.perf_counter())
+                    if len(times) == 1:
+                        watch.streams.append(times)
 
 
 async def _ask_live(http: aiohttp.ClientSession, watch: Watch) -> None:
@@ -321,7 +323,10 @@ async def _ask(http: aiohttp.ClientSession, path: str, body: bytes, patience_s: 
     """The status, 0 if the connection ends without one, 1 if there is no end in time."""
     headers = {"Content-Type": "application/json"}
     try:
-        async with asyncio.timeout(patience_s), http.post(path, data=body, headers=headers) as got:
+        async with (
+            asyncio.timeout(patience_s),
+            http.post(path, data=io.BytesIO(body), headers=headers) as got,
+        ):
             async for _ in got.content.iter_chunked(1 << 20):
                 pass
             return got.status
@@ -352,6 +357,12 @@ def resident(pids: Sequence[int]) -> int:
     return total
 
 
+def children() -> list[int]:
+    """The processes that this one has started."""
+    own = os.getpid()
+    return [int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
+
+
 def _with_children(pids: Sequence[int]) -> Iterator[int]:
     for pid in pids:
         yield pid
@@ -365,11 +376,12 @@ def _with_children(pids: Sequence[int]) -> Iterator[int]:
 
 def line_of(seen: Seen, alone: Seen) -> str:
     answered = ",".join(str(status) for status in sorted(set(seen.statuses))) or "-"
+    longest, usual = seen.longest_gap / alone.longest_gap, seen.usual_gap / alone.usual_gap
     return (
         f"{seen.name:48} {answered:>9} {seen.seconds:7.2f} s   "
-        f"gap {1e3 * seen.longest_gap:7.1f} ms ({seen.longest_gap / alone.longest_gap:5.1f} x), "
-        f"p99 {1e3 * seen.usual_gap:6.1f} ({seen.usual_gap / alone.usual_gap:4.1f} x)   live {1e3 * seen.live:7.1f} ms   "
-        f"{seen.resident >> 20:5} MiB"
+        f"gap {1e3 * seen.longest_gap:7.1f} ms ({longest:5.1f} x), "
+        f"p99 {1e3 * seen.usual_gap:6.1f} ({usual:4.1f} x)   "
+        f"live {1e3 * seen.live:6.1f} ms   {seen.resident >> 20:5} MiB"
     )
 
 
@@ -390,7 +402,7 @@ def main() -> None:
     extra = [*args.server_args.split(), "--trust-request-templates"]
     with serve.own_server(args.model, extra) as url:
         time.sleep(_SETTLED_S)
-        pids = _children_of_this()
+        pids = children()
         report = []
         for number in range(args.rounds):
             alone, found = asyncio.run(attacked(url, chosen, target, pids, args.patience))
@@ -399,11 +411,6 @@ def main() -> None:
                 print(line_of(seen, alone), flush=True)
             report.append([vars(seen) for seen in (alone, *found)])
     print(json.dumps(report))
-
-
-def _children_of_this() -> list[int]:
-    own = os.getpid()
-    return [int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
 
 
 if __name__ == "__main__":
