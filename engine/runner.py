@@ -30,6 +30,7 @@ def choose_device(name: str) -> str:
         raise ModelUnavailable(f"device {name} was asked for, but torch finds no CUDA device")
     return name
 
+
 _BACKED_BYTES = 1 << 30  # of a cache, while there is nothing else to do
 
 

@@ -378,9 +378,7 @@ def test_without_a_number_there_is_memory_for_so_many_tokens(
     assert small.search(prompts, **options).choices == limited.choices
 
 
-def test_a_step_touches_only_what_it_changes(
-    small: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_touches_only_what_it_changes(small: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many sleep, and however many hypotheses wait."""
     numbers: list[tuple[int, int]] = []
     commit = small.core.scheduler.commit
