@@ -39,10 +39,11 @@ from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
 from engine.memory import keep_freed_memory
+from engine.messages import Request, TraceWish
 from engine.params import SamplingParams
 from engine.prepare import Output
 from engine.sampler import Sampler
-from engine.types import Beside, Request, Rows, TraceWish
+from engine.types import Beside, Rows
 from engine.vocabulary import Vocabulary
 
 PROMPT, OUTPUT = 256, 128  # tokens in each history at first

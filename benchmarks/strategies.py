@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import models
 from engine.core import EngineCore
+from engine.messages import Delta, Finished
 from engine.prepare import ModelInfo, Output
-from engine.types import Delta, Finished
 
 BEAMS: dict[str, Any] = {"use_beam_search": True, "beam_width": 4, "early_stopping": "never"}
 SED = {"delta_r": 0.7, "rollout_tokens": 16, "max_points": 2}

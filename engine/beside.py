@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.messages import Request
 from engine.models.base import Model
 from engine.probing import Probed, attention_signals
 from engine.runner import Forwarded
-from engine.types import Beside, Group, Request, Sequence
+from engine.types import Beside, Group, Sequence
 
 _LEAST_MASS = 1e-10
 _LARGEST = torch.finfo(torch.float32).max  # +inf counts as that

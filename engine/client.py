@@ -16,12 +16,14 @@ from enum import StrEnum
 from typing import Protocol
 
 from engine.core import EngineCore, Message
-from engine.errors import EngineDead, EngineError, InvalidRequest, Overloaded
+from engine.errors import EngineDead, EngineError, GenerationFailed, InvalidRequest, Overloaded
+from engine.messages import Delta, Failed, Finished, Request, StepStats
 from engine.prepare import ModelInfo
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Failed, Finished, Request, StepStats
 
 log = logging.getLogger(__name__)
+
+_RECEIVING_S = 0.002  # between two steps
 
 
 class EngineState(StrEnum):
@@ -193,8 +195,7 @@ class AsyncEngine:
     def _abort(self, request_id: str) -> None:
         request, _ = self._open.pop(request_id)
         self._inbox.put(request_id)
-        if self._observer is not None:
-            self._observer.on_abort(request)
+        self._tell(lambda observer: observer.on_abort(request))
 
     # -- from the engine thread, run on the event loop
 
@@ -206,18 +207,26 @@ class AsyncEngine:
         if isinstance(message, Delta):
             return
         del self._open[message.request_id]
-        if self._observer is not None and isinstance(message, Finished):
-            self._observer.on_finished(request, message)
-        elif self._observer is not None:
-            self._observer.on_error(request)
+        if isinstance(message, Finished):
+            self._tell(lambda observer: observer.on_finished(request, message))
+        else:
+            self._tell(lambda observer: observer.on_error(request))
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        """Let the observer know. Whatever it makes of it, readers get their messages."""
+        if self._observer is None:
+            return
+        try:
+            what(self._observer)
+        except Exception:
+            log.exception("what happened cannot be observed")
 
     def _on_step(self, messages: list[Message], stats: StepStats) -> None:
         self.last_step_s = time.monotonic()
         self.stats = stats
         for message in messages:
             self._post(message)
-        if self._observer is not None:
-            self._observer.on_step(stats)
+        self._tell(lambda observer: observer.on_step(stats))
 
     def _on_loaded(self, tokenizer: Tokenizer, info: ModelInfo) -> None:
         self.tokenizer, self.info = tokenizer, info
@@ -250,10 +259,14 @@ class AsyncEngine:
                 call(self._on_death, EngineDead(f"the engine has stopped: {error!r}"))
 
     def _receive(self, core: EngineCore) -> bool:
-        """Take in what has arrived, waiting if there is nothing else to do; False to stop."""
+        """Take in what has arrived, waiting if there is nothing else to do; False to stop.
+
+        No more at once than streams can wait for: the rest comes with the next step.
+        """
         assert self._loop is not None
         call = self._loop.call_soon_threadsafe
-        while True:
+        until = time.monotonic() + _RECEIVING_S
+        while not (core.has_work and time.monotonic() > until):
             try:
                 message = self._inbox.get(block=not (core.has_work or core.idle()))
             except queue.Empty:
@@ -263,11 +276,23 @@ class AsyncEngine:
             if isinstance(message, _Stop):
                 return False
             if isinstance(message, Request):
-                core.submit(message)
+                if failed := _submit(core, message):
+                    call(self._on_step, failed, core.stats())
             else:
                 core.abort(message)
                 if not core.has_work:  # no step will tell that everything is free again
                     call(self._on_step, [], core.stats())
+        return True
+
+
+def _submit(core: EngineCore, request: Request) -> list[Message]:
+    """Queue a request; what its reader is told if even that fails."""
+    try:
+        core.submit(request)
+    except Exception:
+        log.exception("request %s cannot be queued", request.request_id)
+        return [Failed(request.request_id, GenerationFailed("generation failed unexpectedly"))]
+    return []
 
 
 def _shutting_down() -> Overloaded:

@@ -2,11 +2,13 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from engine import rng
 from engine.beside import Member, Surroundings
@@ -17,39 +19,43 @@ from engine.growth import ends
 from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
+from engine.memory import give_back, resident_bytes
+from engine.messages import (
+    NO_VALID_TOKEN,
+    NOT_A_NUMBER,
+    Delta,
+    Failed,
+    Finished,
+    FinishReason,
+    LayerTrace,
+    Listed,
+    Probability,
+    Request,
+    StepStats,
+    Token,
+)
 from engine.models.base import Model
 from engine.numerics import bounded, integers, known_finite, scan
 from engine.runner import Forwarded, Runner
 from engine.sampler import Sampler, Samples, report
 from engine.scheduler import Scheduler
 from engine.strategies import choose
-from engine.strategies.base import View
-from engine.text import Detokenizer, Settled, TextStream
+from engine.strategies.base import Ranked, View
+from engine.text import Detokenizer, Settled, Stops, TextStream
 from engine.tokenizer import Tokenizer
-from engine.trace import trace_layers
-from engine.types import (
-    NOT_A_NUMBER,
-    Candidate,
-    Chunk,
-    Delta,
-    Failed,
-    Finished,
-    FinishReason,
-    Group,
-    LayerTrace,
-    Plan,
-    Request,
-    Rows,
-    Sequence,
-    StepStats,
-    Token,
-)
+from engine.trace import likeliest
+from engine.types import Chunk, Group, Plan, Rows, Sequence
 from engine.vocabulary import Vocabulary
 
-_PROMPT_ROWS_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs
-_PROMPT_ROWS = 256
+_MOST_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs and traces
+_MOST_ROWS = 256
+# After so many tokens for each hidden unit, attention to them takes as long as a layer's products:
+# of a layer of 12 H² weights 24 H² operations a token, of attention to c tokens 4 H c.
+_DEEP = 6
+_USUAL_BYTES = 64 << 20  # by which what steps and answers take goes up and down
 
 Message = Delta | Finished | Failed
+_NO_CANDIDATES = Ranked([], [], [], lambda _: Token(NO_VALID_TOKEN, ""))
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +83,8 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.device = device
         self.mode = config.logprobs_mode
+        self._settled_bytes = 0  # what the process took after memory was last given back
+        self._rows_at_once = min(_MOST_ROWS, max(_MOST_BYTES // (4 * model.vocab_size), 1))
         self.vocab_size = min(model.vocab_size, tokenizer.size)
         self.runners = [
             Runner(one, num_blocks, config.block_size, device, index, config.batch_invariant)
@@ -94,6 +102,7 @@ class EngineCore:
             budget=config.batch_tokens(device),
             prefix_cache=config.prefix_cache,
             prefill_ratio=config.prompt_tokens_beside(device),
+            deep=_DEEP * model.hidden_size,
         )
 
     # -- requests
@@ -101,7 +110,8 @@ class EngineCore:
     def submit(self, request: Request) -> None:
         """Queue a request. What it may hold was checked where it was prepared."""
         strategy = choose(request)
-        live = [self._sequence(request, index) for index in range(strategy.copies)]
+        stops = Stops(request.stop_strings)
+        live = [self._sequence(request, index, stops) for index in range(strategy.copies)]
         group = Group(request, strategy, live)
         if request.stream and strategy.settles:
             group.settled = Settled(live[0].stream, request.params.min_tokens)
@@ -116,15 +126,23 @@ class EngineCore:
         return self.scheduler.has_work
 
     def idle(self) -> bool:
-        """Use a moment without work to prepare for more; False if nothing is left to prepare."""
-        return any(runner.back_cache() for runner in self.runners)
+        """Use a moment without work to prepare for more; False if nothing is left to prepare.
 
-    def _sequence(self, request: Request, index: int) -> Sequence:
+        Last, memory that unusual requests have taken is given back.
+        """
+        if any(runner.back_cache() for runner in self.runners):
+            return True
+        if self.lanes.vocabulary.load():
+            return True
+        if resident_bytes() > self._settled_bytes + _USUAL_BYTES:
+            give_back()
+            self._settled_bytes = resident_bytes()
+        return False
+
+    def _sequence(self, request: Request, index: int, stops: Stops) -> Sequence:
         detokenizer = Detokenizer(self.tokenizer, request.skip_special_tokens)
         detokenizer.prime(request.prompt_ids)
-        stream = TextStream(
-            detokenizer, request.stop_strings, request.params.include_stop_str_in_output
-        )
+        stream = TextStream(detokenizer, stops, request.params.include_stop_str_in_output)
         seed = rng.derive(request.seed, index)
         companion = None
         if request.companion_ids:
@@ -148,14 +166,30 @@ class EngineCore:
 
     @torch.inference_mode()
     def step(self) -> tuple[list[Message], StepStats]:
-        """Compute one step and say what came of it."""
+        """Compute one step and say what came of it.
+
+        Whatever is raised on the way ends the requests it belongs to. Raises only if the model
+        cannot compute at all any more.
+        """
         plan = self.scheduler.plan()
-        assert plan.chunks, "work is waiting, but none of it can be planned"
-        forwarded = [runner.forward(plan) for runner in self.runners]
+        assert plan.chunks or plan.failed, "work is waiting, but none of it can be planned"
+        messages: list[Message] = [self._fail(group, error) for group, error in plan.failed]
+        gaps_s: tuple[float, ...] = ()
+        if plan.chunks:
+            computed, gaps_s = self._compute(plan)
+            messages += computed
+        return messages, self.stats(plan.num_tokens, gaps_s)
+
+    def _compute(self, plan: Plan) -> tuple[list[Message], tuple[float, ...]]:
+        """What comes of a plan, and the time since the token before, of sequences that get one."""
+        try:
+            forwarded = [runner.forward(plan) for runner in self.runners]
+        except Exception as error:
+            log.exception("the forward pass failed")
+            return self._fail_all(plan.groups, error), ()
         around = Surroundings(self.models, forwarded, self.vocab_size, self.device)
         self.scheduler.computed(plan)
         messages = self._look_at_prompts(plan, forwarded[0], around)
-        sequences: list[Sequence] = []
         ready: list[Group] = []
         for group in self.scheduler.ready(plan):
             if group.thinks:
@@ -163,18 +197,38 @@ class EngineCore:
                 row = forwarded[0].last_rows[id(group.live[0])]
                 self.scheduler.think(group, forwarded[0].hidden[row].clone())
             elif group.request.max_tokens == 0:
-                for sequence in group.live:
-                    sequence.finish_reason = FinishReason.LENGTH
-                group.finished = group.live.copy()
-                self.scheduler.drop(group)
-                messages += self._deliver(group, group.finished)
+                messages += self._end_scored(group)
             else:
                 ready.append(group)
-                sequences += group.live
+        gaps_s = _token_gaps([sequence for group in ready for sequence in group.live])
         if ready:
             assert forwarded[0] is not None
             messages += self._generate(ready, forwarded[0], around)
-        return messages, self.stats(plan.num_tokens, _token_gaps(sequences))
+        return messages, gaps_s
+
+    def _end_scored(self, group: Group) -> list[Message]:
+        """A group that was only to be scored or explained is done."""
+        try:
+            for sequence in group.live:
+                sequence.finish_reason = FinishReason.LENGTH
+            group.finished = group.live.copy()
+            self.scheduler.drop(group)
+            return self._deliver(group, group.finished)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
+            return [self._fail(group, error)]
+
+    def _fail_all(self, groups: Seq[Group], error: Exception) -> list[Message]:
+        """After the model has failed in a step: its groups end, and others go on if it still works.
+
+        Raises what a token that nobody asked for raises, computed to find that out.
+        """
+        messages: list[Message] = [self._fail(group, error) for group in groups]
+        for runner, pool in zip(self.runners, self.scheduler.pools, strict=True):
+            if pool.num_free:
+                blocks = pool.take(1)
+                runner.probe(*blocks)
+                pool.release(blocks)
+        return messages
 
     def _look_at_prompts(
         self, plan: Plan, forwarded: Forwarded | None, around: Surroundings
@@ -195,8 +249,7 @@ class EngineCore:
                     first = forwarded.first_rows[id(chunk.sequence)]
                     count = min(chunk.end, chunk.sequence.prompt_len) - chunk.start
                     group.strategy.remember(chunk.start, forwarded.hidden[first : first + count])
-            except Exception as error:
-                log.exception("request %s failed", request.request_id)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
                 messages.append(self._fail(group, error))
         return messages
 
@@ -204,6 +257,39 @@ class EngineCore:
         self, groups: list[Group], forwarded: Forwarded, around: Surroundings
     ) -> list[Message]:
         """Sample a token for every live sequence of these groups and let strategies decide."""
+        views, messages = self._sampled(groups, forwarded, around)
+        for group, view in views:
+            messages += self._advance(group, view)
+        messages += [self._fail(group, error) for group, error in self.scheduler.flush()]
+        return messages
+
+    def _sampled(
+        self, groups: list[Group], forwarded: Forwarded, around: Surroundings
+    ) -> tuple[list[tuple[Group, View]], list[Message]]:
+        """What each group's strategy sees, and the failures of those that nothing can be shown.
+
+        All rows are sampled together. If that raises, group by group, so that only the group at
+        fault ends; the others' lanes are written anew, as after a preemption.
+        """
+        states = self.lanes.states()
+        try:
+            return self._views(groups, forwarded, around), []
+        except Exception:
+            log.exception("the rows of a step cannot be sampled together")
+        views: list[tuple[Group, View]] = []
+        failed: list[Message] = []
+        for group in groups:
+            try:
+                self.scheduler.readmit(group, states)
+                views += self._views([group], forwarded, around)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
+                failed.append(self._fail(group, error))
+        return views, failed + (self._fail_all([], Exception()) if failed else [])
+
+    def _views(
+        self, groups: list[Group], forwarded: Forwarded, around: Surroundings
+    ) -> list[tuple[Group, View]]:
+        """Sample the rows of some groups in one pass."""
         members = [
             Member(group, sequence, computed, len(computed.token_ids) - 1)
             for group in groups
@@ -222,10 +308,10 @@ class EngineCore:
         if (beside := around.of(members)) is not None:
             rows = replace(rows, beside=beside)
         samples = self.sampler(raw, rows)
-        lenses = [self._lens(one, forwarded) for one in members]
-        tokens = [self._token(samples, row, lens) for row, lens in enumerate(lenses)]
-        tops = [self._candidates(samples, row, lens) for row, lens in enumerate(lenses)]
-        messages: list[Message] = []
+        lenses = self._lenses(members, forwarded)
+        tokens = [self._token(samples, row, lenses.get(row, ())) for row in range(len(members))]
+        tops = [self._ranked(samples, row, lenses.get(row, ())) for row in range(len(members))]
+        views: list[tuple[Group, View]] = []
         offset = 0
         for group in groups:
             its = slice(offset, offset + len(group.live))
@@ -240,31 +326,48 @@ class EngineCore:
                 [around.coverage(one) for one in members[its]] if wants.coverage else [],
                 partial(ends, group.request),
             )
-            messages += self._advance(group, view)
-        self.scheduler.flush()
-        return messages
+            views.append((group, view))
+        return views
 
     def _token(self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]) -> Token:
         logprob, top = samples.logprobs.get(row, (None, ()))
         token = Token(samples.token_ids[row], "", logprob, top, trace=samples.traces.get(row))
         return _through(token, lens) if lens else token
 
-    def _candidates(
-        self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]
-    ) -> list[Candidate]:
-        candidates = samples.tops.get(row, [])
+    def _ranked(self, samples: Samples, row: int, lens: tuple[LayerTrace, ...]) -> Ranked:
+        """A row's candidates, whose tokens are seen through the lens, too."""
+        ranked = samples.tops.get(row, _NO_CANDIDATES)
         if not lens:
-            return candidates
-        return [replace(one, token=_through(one.token, lens)) for one in candidates]
+            return ranked
+        return ranked.with_tokens(lambda place: _through(ranked.token(place), lens))
 
-    def _lens(self, member: Member, forwarded: Forwarded) -> tuple[LayerTrace, ...]:
-        """What earlier layers alone would say next, where a trace is to hold it."""
-        if forwarded.probed is None or (wish := member.request.trace) is None or not wish.layers:
-            return ()
-        states = forwarded.probed.states(member.computed, member.position)
-        hidden = self.model.final_norm(states[list(wish.layers)])
-        logits = self.model.logits(hidden)[:, : self.vocab_size]
-        return trace_layers(logits, wish.layers, wish.top)
+    def _lenses(
+        self, members: Seq[Member], forwarded: Forwarded
+    ) -> dict[int, tuple[LayerTrace, ...]]:
+        """What earlier layers alone would say next, of those whose traces are to hold it."""
+        wishes = {
+            row: one.request.trace
+            for row, one in enumerate(members)
+            if one.request.trace is not None and one.request.trace.layers
+        }
+        if not wishes or forwarded.probed is None:
+            return {}
+        states = [
+            forwarded.probed.states(members[row].computed, members[row].position)[list(wish.layers)]
+            for row, wish in wishes.items()
+        ]
+        top = max(wish.top for wish in wishes.values())
+        seen = iter(self._through_lens(torch.cat(states), top))
+        return {
+            row: tuple(LayerTrace(layer, next(seen)[: wish.top]) for layer in wish.layers)
+            for row, wish in wishes.items()
+        }
+
+    def _through_lens(self, states: Tensor, top: int) -> Iterator[Listed[Probability]]:
+        """The likeliest tokens of states of layers [n, H], some at a time."""
+        for some in states.split(self._rows_at_once):
+            logits = self.model.logits(self.model.final_norm(some))[:, : self.vocab_size]
+            yield from likeliest(logits, top)
 
     def _advance(self, group: Group, view: View) -> list[Message]:
         try:
@@ -279,11 +382,16 @@ class EngineCore:
                 ended = group.finished[before:]
                 return self._deliver(group, (group.live if group.request.stream else []) + ended)
             return self._settle(group) if group.live else self._deliver(group, [])
-        except Exception as error:
-            log.exception("request %s failed", group.request.request_id)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this group's alone
             return [self._fail(group, error)]
 
     def _fail(self, group: Group, error: Exception) -> Failed:
+        """End a group and free what it holds; what it computed is not to be trusted."""
+        request_id = group.request.request_id
+        if isinstance(error, EngineError):
+            log.info("request %s failed: %s", request_id, error)
+        else:
+            log.error("request %s failed", request_id, exc_info=error)
         held: list[set[int]] = [set() for _ in self.runners]
         for sequence in group.sequences:
             held[sequence.model].update(sequence.block_table)
@@ -389,7 +497,7 @@ class EngineCore:
         group, request = chunk.group, chunk.group.request
         if not group.prompt:
             group.prompt.append(Token(request.prompt_ids[0], ""))
-        size = min(_PROMPT_ROWS, max(_PROMPT_ROWS_BYTES // (4 * self.model.vocab_size), 1))
+        size = self._rows_at_once
         # After a preemption the beginning is computed again, but already scored.
         start = max(chunk.start, len(group.prompt) - 1)
         end = min(chunk.end, len(request.prompt_ids) - 1)
@@ -433,7 +541,7 @@ class EngineCore:
             if samples.token_ids[0] == NOT_A_NUMBER:
                 raise GenerationFailed("the model's logits are not numbers")
             if wanted:
-                lens = self._lens(member, forwarded)
+                lens = self._lenses([member], forwarded).get(0, ())
                 group.explained[position] = self._token(samples, 0, lens)
 
 

@@ -1,7 +1,8 @@
 """How a sequence grows by a token, and what ends it."""
 
+from engine.messages import NO_VALID_TOKEN, FinishReason, Request, Token
 from engine.strategies.base import Branch
-from engine.types import NO_VALID_TOKEN, FinishReason, Request, Sequence, Token
+from engine.types import Sequence
 
 
 def grow(request: Request, sequence: Sequence, branch: Branch) -> None:
@@ -34,13 +35,13 @@ def ends(request: Request, sequence: Sequence, token: Token) -> bool:
         return True
     if not request.stop_strings:
         return False
-    stream = sequence.stream.fork()
-    tokens = [*sequence.pending, token]
-    first = count - len(tokens) + 1
-    return any(
-        stream.push(one, match=number > request.params.min_tokens) is not None
-        for number, one in enumerate(tokens, start=first)
-    )
+    ahead = sequence.ahead or sequence.stream.ahead()
+    before = count - 1 - len(sequence.pending)  # tokens that are in the text already
+    while ahead.count < len(sequence.pending):
+        late = before + ahead.count >= request.params.min_tokens
+        ahead = ahead.after(sequence.pending[ahead.count], match=late)
+    sequence.ahead = ahead
+    return ahead.after(token, match=count > request.params.min_tokens).stops
 
 
 def _settle(request: Request, sequence: Sequence) -> None:
@@ -52,7 +53,7 @@ def _settle(request: Request, sequence: Sequence) -> None:
         if sequence.finish_reason is not None:
             del sequence.token_ids[sequence.prompt_len + count :]
             break
-    sequence.pending = []
+    sequence.pending, sequence.ahead = [], None
 
 
 def _count(request: Request, sequence: Sequence, token: Token, count: int) -> None:

@@ -4,17 +4,23 @@ A sequence holds one lane from admission to finish or preemption. A step gathers
 lanes, so nothing moves when requests come and go.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.numerics import integers
 from engine.types import Rows
 from engine.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+J = TypeVar("J")
 
 _COLUMNS = 32  # stand together in a tensor, so that a fork copies all of them at once
 Fork = Callable[[list[int], list[int]], None]  # from parents' lanes to their children's
@@ -38,58 +44,97 @@ class Column:
         return self.values[rows.lanes].unsqueeze(1)
 
 
-class Ragged:
-    """Entries per lane, any number: a token id and a vector of values each.
+class PerLane(Generic[T, J]):
+    """A value of any size for some lanes; a lane's copies share it, so it must not be changed.
 
-    All lanes' entries are in one flat pair of tensors, `token_ids` [N] and `values` [N, W]; the
-    vectors are padded on the left to the widest. Writing a lane costs time proportional to all
-    entries, reading is a few tensor operations: such lists are admitted far less often than they
-    are stepped.
+    What the rows of a step hold is put together by `join`, from pairs of a row and its value, and
+    kept until something changes: most steps have the rows of the one before. So reading costs what
+    the rows hold, writing what is written, and a lane that was released nothing.
     """
 
-    def __init__(self, num_lanes: int, dtype: torch.dtype, pad: float, device: str) -> None:
-        self.num_lanes = num_lanes
-        self.pad = pad
-        self.lanes = torch.empty(0, dtype=torch.int64, device=device)
-        self.token_ids = torch.empty(0, dtype=torch.int64, device=device)
-        self.values = torch.empty(0, 0, dtype=dtype, device=device)
+    def __init__(self, join: Callable[[list[tuple[int, T]]], J]) -> None:
+        self._join = join
+        self._values: dict[int, T] = {}
+        self._joined: tuple[list[int], J] | None = None  # of these lanes
 
-    def write(
-        self, lane: int, token_ids: list[int], values: list[list[float]] | None = None
-    ) -> None:
-        """Replace the lane's entries."""
-        others = self.lanes != lane
-        if not token_ids and bool(others.all()):
+    def get(self, lane: int) -> T | None:
+        return self._values.get(lane)
+
+    def values(self) -> Collection[T]:
+        """Those of all lanes; of copies, the same one several times."""
+        return self._values.values()
+
+    def write(self, lane: int, value: T | None) -> None:
+        """Replace the lane's value; None: it has none."""
+        if value is not None:
+            self._values[lane] = value
+        elif self._values.pop(lane, None) is None:
             return
-        device, dtype = self.values.device, self.values.dtype
-        rows = values if values is not None else [[] for _ in token_ids]
-        width = max([len(row) for row in rows] + [self.values.shape[1]])
-        padded = [[self.pad] * (width - len(row)) + row for row in rows]
-        added = torch.tensor(padded, dtype=dtype, device=device).reshape(len(rows), width)
-        kept = F.pad(self.values[others], (width - self.values.shape[1], 0), value=self.pad)
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
-        self.lanes = torch.cat((self.lanes[others], torch.full_like(ids, lane)))
-        self.token_ids = torch.cat((self.token_ids[others], ids))
-        self.values = torch.cat((kept, added))
-
-    def at(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows' entries: row [N], token id [N], values [N, W]."""
-        return self.of(rows.lanes)
-
-    def of(self, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries of lanes [R], as `at`."""
-        row_of_lane = torch.full((self.num_lanes,), -1, device=self.lanes.device)
-        row_of_lane[lanes] = torch.arange(len(lanes), device=self.lanes.device)
-        row = row_of_lane[self.lanes]
-        wanted = row >= 0
-        return row[wanted], self.token_ids[wanted], self.values[wanted]
+        self._joined = None
 
     def fork(self, parents: list[int], children: list[int]) -> None:
-        if not len(self.lanes):
-            return
         for parent, child in zip(parents, children, strict=True):
-            mine = self.lanes == parent
-            self.write(child, self.token_ids[mine].tolist(), self.values[mine].tolist())
+            self.write(child, self._values.get(parent))
+
+    def of(self, lanes: list[int]) -> J:
+        """What some lanes hold, put together; rows count from 0."""
+        if self._joined is None or self._joined[0] != lanes:
+            held = [
+                (row, self._values[lane]) for row, lane in enumerate(lanes) if lane in self._values
+            ]
+            self._joined = lanes, self._join(held)
+        return self._joined[1]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Entries(NamedTuple):
+    """A lane's token ids [n] and values [n], and the collection they were read from."""
+
+    source: Collection[int]
+    token_ids: Tensor
+    values: Tensor
+
+
+class Ragged:
+    """Entries per lane, any number: a token id each, and a value where the stage has values."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self._dtype, self._device = dtype, device
+        self.kept = PerLane(self._joined)
+
+    def write(self, lane: int, token_ids: Collection[int], values: Collection[float] = ()) -> None:
+        """Replace the lane's entries. Where another lane has the same collection, they share it."""
+        if not token_ids:
+            self.kept.write(lane, None)
+            return
+        same = (one for one in self.kept.values() if one.source is token_ids)
+        entries = next(same, None)
+        if entries is None:
+            ids = torch.from_numpy(np.fromiter(token_ids, np.int64, len(token_ids)))
+            numbers = torch.from_numpy(np.fromiter(values, np.float64, len(values)))
+            on_device = ids.to(self._device), numbers.to(self._device, self._dtype)
+            entries = Entries(token_ids, *on_device)
+        self.kept.write(lane, entries)
+
+    def at(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows' entries: row [N] int64, token id [N] int64, value [N] where there are any."""
+        return self.kept.of(rows.host_lanes)
+
+    def _joined(self, held: list[tuple[int, Entries]]) -> tuple[Tensor, Tensor, Tensor]:
+        if not held:
+            none = torch.empty(0, dtype=torch.int64, device=self._device)
+            return none, none, none.to(self._dtype)
+        ids = torch.cat([entries.token_ids for _, entries in held])
+        row = repeated([(row, len(entries.token_ids)) for row, entries in held], self._device)
+        return row, ids, torch.cat([entries.values for _, entries in held])
+
+
+def repeated(counts: list[tuple[int, int]], device: str) -> Tensor:
+    """Each number as many times as it says beside it, [N] int64."""
+    numbers, times = integers(list(zip(*counts, strict=True)), device).unbind()
+    return numbers.repeat_interleave(times, output_size=sum(count for _, count in counts))
 
 
 class Lanes:
@@ -116,6 +161,7 @@ class Lanes:
         self.prompt_lengths = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         self._forks: list[Fork] = []
+        self._kept: list[PerLane[Any, Any]] = []
         self._tables: dict[torch.dtype, tuple[Tensor, int]] = {}  # of columns, and how many it has
         self._states: list[Column] = []
 
@@ -133,11 +179,16 @@ class Lanes:
         table[used] = neutral
         return Column(table[used])
 
-    def ragged(self, dtype: torch.dtype = torch.float32, pad: float = 0.0) -> Ragged:
+    def ragged(self, dtype: torch.dtype = torch.float32) -> Ragged:
         """A new list per lane; a fork copies it."""
-        ragged = Ragged(self.num_lanes, dtype, pad, self.device)
-        self._forks.append(ragged.fork)
+        ragged = Ragged(dtype, self.device)
+        self.keep(ragged.kept)
         return ragged
+
+    def keep(self, values: PerLane[Any, Any]) -> None:
+        """Have these forked with their lanes, and forgotten when one is released."""
+        self._forks.append(values.fork)
+        self._kept.append(values)
 
     def flags(self) -> NDArray[np.bool_]:
         """A new yes or no per lane, on the host; a fork copies it."""
@@ -159,6 +210,10 @@ class Lanes:
         self._states.append(column)
         return column
 
+    def states(self) -> list[Tensor]:
+        """A copy of all lanes' states, [L] each."""
+        return [column.values.clone() for column in self._states]
+
     def save(self, lane: int) -> list[float]:
         """What `restore` needs to give a sequence its state back in another lane."""
         return [float(column.values[lane]) for column in self._states]
@@ -173,7 +228,17 @@ class Lanes:
         return self.free.pop()
 
     def release(self, lane: int) -> None:
+        """Take a lane back, and forget what takes memory of its own there.
+
+        Whoever gets the lane next has everything there written anew, so nothing that fails here
+        can matter to anybody.
+        """
         self.free.append(lane)
+        for values in self._kept:
+            try:
+                values.write(lane, None)
+            except Exception:
+                log.exception("something of lane %d could not be forgotten", lane)
 
     def write(self, lane: int, token_ids: list[int], prompt_len: int, seed: int) -> None:
         """Start a lane with a sequence's history."""

@@ -4,6 +4,8 @@ The HTTP schema, its validation and error messages, the OpenAPI document and
 `docs/parameters.md` all follow from the fields of `SamplingParams`.
 """
 
+import time
+from collections import Counter
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -22,9 +24,19 @@ from pydantic_core import PydanticCustomError
 GREEDY_TEMPERATURE = 1e-5  # below this a row takes the argmax
 MAX_CHOICES = 128
 MAX_STOPS = 64
+MAX_STOP_LEN = 1024  # characters
+MAX_LAYERS = 1024  # that a list may name; a model has fewer
+MAX_WAITING_TOKENS = 8_388_608  # of all hypotheses that wait in a search
 LOGIT_BIAS_LIMIT = 100.0
 
+PATTERN_PATIENCE_S = 0.01  # of processor time: a pattern is compiled where streams wait for it
+
 INT64 = 1 << 63
+
+
+def max_waiting(max_tokens: int) -> int:
+    """The most hypotheses that may wait in a best-first search of so many tokens."""
+    return MAX_WAITING_TOKENS // max(max_tokens, 1)
 
 
 def _integral(value: object) -> object:
@@ -79,11 +91,29 @@ def _clamped(biases: dict[int, float]) -> dict[int, float]:
     return {token_id: min(max(bias, -limit), limit) for token_id, bias in biases.items()}
 
 
-TokenId = Annotated[int, BeforeValidator(_integral)]
-Integer = Annotated[TokenId, AfterValidator(_fits)]
+def _all_integral(values: object) -> object:
+    """The same for a list, which may be long: most hold nothing but integers."""
+    if not isinstance(values, list) or float not in set(map(type, values)):
+        return values
+    return list(map(_integral, values))
+
+
+def _distinct(layers: list[int]) -> list[int]:
+    twice = next((layer for layer, count in Counter(layers).items() if count > 1), None)
+    if twice is not None:
+        raise PydanticCustomError(
+            "invalid_value", "Input should name no layer twice, but {layer} is", {"layer": twice}
+        )
+    return layers
+
+
+Integer = Annotated[int, BeforeValidator(_integral), AfterValidator(_fits)]
+TokenIds = Annotated[list[int], Field(fail_fast=True), BeforeValidator(_all_integral)]
+Layers = Annotated[list[Integer], Field(max_length=MAX_LAYERS), AfterValidator(_distinct)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Warmth = Annotated[Number, Field(gt=0.0, le=2.0)]
 NonEmptyStr = Annotated[str, StringConstraints(min_length=1)]
+StopStr = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LEN)]
 BreakerStr = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 
 
@@ -213,7 +243,7 @@ class Method(StrEnum):
     SED = "sed"
 
 
-TextOrIds = Annotated[NonEmptyStr | list[TokenId], BeforeValidator(_text_or_ids)]
+TextOrIds = Annotated[NonEmptyStr | list[int], BeforeValidator(_text_or_ids)]
 
 
 class SamplingParams(StrictModel):
@@ -239,20 +269,20 @@ class SamplingParams(StrictModel):
         examples=[8],
     )
     stop: Annotated[
-        list[NonEmptyStr],
+        list[StopStr],
         BeforeValidator(
             _one_or_many,
-            json_schema_input_type=NonEmptyStr
-            | Annotated[list[NonEmptyStr], Field(max_length=MAX_STOPS)],
+            json_schema_input_type=StopStr | Annotated[list[StopStr], Field(max_length=MAX_STOPS)],
         ),
     ] = Field(
         default=[],
         max_length=MAX_STOPS,
-        description="Up to 64 strings that end the text. The one that is complete first wins. An "
+        description="Up to 64 strings of up to 1024 characters that end the text. The one that is "
+        "complete first wins. An "
         "entry equal to a special token's text also acts as that token.",
         examples=[["\n\n", "User:"]],
     )
-    stop_token_ids: list[TokenId] = Field(
+    stop_token_ids: TokenIds = Field(
         default=[],
         description="Token ids that end the sequence. The token counts in `usage`, not in the "
         "text.",
@@ -370,7 +400,7 @@ class SamplingParams(StrictModel):
     )
 
     # -- bans
-    allowed_token_ids: list[TokenId] | None = Field(
+    allowed_token_ids: TokenIds | None = Field(
         default=None,
         min_length=1,
         description="Only these tokens can be generated. End-of-sequence too must be listed to be "
@@ -381,7 +411,8 @@ class SamplingParams(StrictModel):
         default=[],
         max_length=1024,
         description="Words that cannot be generated, with or without a leading space; of a word "
-        "of several tokens only the last is banned, after the others.",
+        "of several tokens only the last is banned, after the others. At most 32768 tokens "
+        "together.",
         examples=[["foo"]],
     )
     no_repeat_ngram_size: Integer = Field(
@@ -614,7 +645,8 @@ class SamplingParams(StrictModel):
     beam_memory: Integer = Field(
         default=0,
         ge=0,
-        description="Most hypotheses that wait in a best-first search; 0: as many as there are.",
+        description="Most hypotheses that wait in a best-first search; the shortest are forgotten "
+        "first. At most, and with 0, 8,388,608 divided by `max_tokens`.",
     )
 
     # -- contrast
@@ -668,10 +700,8 @@ class SamplingParams(StrictModel):
         default=1.0, gt=0.0, description="The amateur's temperature in ln p - ln p'."
     )
     dola_layers: Annotated[
-        Literal["low", "high"] | list[Integer] | None,
-        BeforeValidator(
-            _layers, json_schema_input_type=Literal["low", "high"] | list[Integer] | None
-        ),
+        Literal["low", "high"] | Layers | None,
+        BeforeValidator(_layers, json_schema_input_type=Literal["low", "high"] | Layers | None),
     ] = Field(
         default=None,
         description="DoLa: contrast the last layer with the one of these that differs most (Chuang "
@@ -713,7 +743,7 @@ class SamplingParams(StrictModel):
         default=None,
         max_length=1000,
         description="CoT-decoding: a regular expression whose last match is the answer; default: "
-        "the last number.",
+        "the last number. A request whose pattern takes long is refused, or ends with an error.",
         examples=["\\\\b(yes|no)\\\\b"],
     )
     sed: SedParams | None = Field(
@@ -871,13 +901,7 @@ class SamplingParams(StrictModel):
         if self.penalty_alpha is not None and self.top_k < 2:
             raise clash("penalty_alpha needs a top_k of at least 2, got {top_k}", "top_k", self)
         if self.cot_pattern is not None:
-            try:
-                regex.compile(self.cot_pattern)
-            except regex.error as error:
-                message = f"cot_pattern is no regular expression: {error}"
-                raise PydanticCustomError(
-                    "invalid_value", "{message}", {"message": message, "param": "cot_pattern"}
-                ) from None
+            _check_pattern(self.cot_pattern)
         if self.cot_branches is not None and self.n > self.cot_branches:
             raise clash("n must be at most cot_branches ({cot_branches}), got {n}", "n", self)
 
@@ -889,6 +913,31 @@ class SamplingParams(StrictModel):
         if name == "beam_width":
             return value is not None and value > 1
         return bool(value != SamplingParams.model_fields[name].default)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raise for what is no regular expression, or one that takes too long to compile.
+
+    Some short ones take forever, and all memory: whoever cannot trust them has this done where it
+    can be stopped, and the process ended.
+    """
+    started = time.process_time()
+    try:
+        regex.compile(pattern)
+        if time.process_time() - started <= PATTERN_PATIENCE_S:
+            return
+        message = f"cot_pattern is too complex: compiling it takes over {PATTERN_PATIENCE_S:g} s"
+    except RecursionError:
+        message = "cot_pattern is too complex: it is nested too deeply"
+    except MemoryError:
+        message = "cot_pattern is too complex: compiling it takes too much memory"
+    except regex.error as error:
+        message = f"cot_pattern is no regular expression: {error}"
+    except Exception as error:  # noqa: BLE001 - what else `regex` raises, or who watches over it
+        message = f"cot_pattern cannot be compiled: {error}"
+    raise PydanticCustomError(
+        "invalid_value", "{message}", {"message": message, "param": "cot_pattern"}
+    )
 
 
 TRUNCATION = (

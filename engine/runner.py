@@ -1,6 +1,5 @@
 """Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from engine.config import EngineConfig, shown_size
 from engine.errors import ModelUnavailable
 from engine.kernels import native
 from engine.machine import Room
-from engine.memory import back
+from engine.memory import Backing
 from engine.models.base import ForwardInput, Model, Probe
 from engine.numerics import integers
 from engine.probing import Probed
@@ -30,6 +29,9 @@ def choose_device(name: str) -> str:
     if name.startswith("cuda") and not cuda:
         raise ModelUnavailable(f"device {name} was asked for, but torch finds no CUDA device")
     return name
+
+
+_BACKED_BYTES = 1 << 30  # of a cache, while there is nothing else to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Runner:
         self.model = model
         self.index = index  # among the engine's models
         self.device = device
+        self.num_blocks = num_blocks
         self.block_size = block_size
         self.attention: Attention = choose_attention(block_size, device, batch_invariant)
         self.cache = [
@@ -69,18 +72,15 @@ class Runner:
             )
             for shape in model.kv_shapes
         ]
-        self._parts = _parts(self.cache) if device == "cpu" else iter(())
+        tensors = [tensor for layer in self.cache for tensor in (layer.keys, layer.values)]
+        self._backing = Backing(tensors if device == "cpu" else [])
 
     def back_cache(self) -> bool:
         """Have a little more of the cache in memory before it is needed; False if that is done.
 
         Up to the cache's first GiB: what has never been used costs nobody memory.
         """
-        part = next(self._parts, None)
-        if part is None:
-            return False
-        back(*part)
-        return True
+        return self._backing.nbytes < _BACKED_BYTES and self._backing.more()
 
     def forward(self, plan: Plan) -> Forwarded | None:
         """Compute the plan's tokens for this model; None if there are none."""
@@ -90,6 +90,8 @@ class Runner:
         chunks = [chunk for chunk in plan.chunks if chunk.sequence.model == self.index]
         if not chunks:
             return None
+        last_block = max(chunk.sequence.block_table[-1] for chunk in chunks)
+        self._backing.keep_ahead((last_block + 1) / self.num_blocks)
         # Single tokens first, by context length, so that attention can batch them.
         chunks.sort(key=lambda chunk: (chunk.length > 1, chunk.end))
         first_rows = _first_rows(chunks)
@@ -109,6 +111,14 @@ class Runner:
         )
         hidden = self.model.forward(inputs, self.cache, self.attention)
         return Forwarded(hidden, first_rows, last_rows, probed)
+
+    def probe(self, block: int) -> None:
+        """Compute a token in a block that nobody has. Raises whatever the model raises."""
+        ids = self._tensor([0])
+        plan = self.attention.plan([Span(0, 1, [block])])
+        hidden = self.model.forward(ForwardInput(ids, ids, plan), self.cache, self.attention)
+        self.model.logits(hidden)
+        self.scrub([block])
 
     def _thoughts(
         self, chunks: list[Chunk], first_rows: dict[int, int]
@@ -231,15 +241,6 @@ def _read(
         first = first_rows[id(chunk.sequence)] if chunk.group.reads_prompt else last
         rows += range(first, last + 1)
     return integers(rows)
-
-
-def _parts(cache: Seq[LayerCache]) -> Iterator[tuple[Tensor, int, int]]:
-    """Tensors, from where, and how many bytes: the first blocks of all first, 4 MiB a part."""
-    size = 4 << 20
-    tensors = [tensor for layer in cache for tensor in (layer.keys, layer.values)]
-    for start in range(0, end := (1 << 30) // max(len(tensors), 1), size):
-        for tensor in tensors:
-            yield tensor, start, min(size, end - start, tensor.nbytes - start)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -13,7 +13,9 @@ between a batched and a single forward pass, Gumbel noise none of 15,480.
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,13 +27,16 @@ from engine.logits.candidates import Candidates
 from engine.logits.common import Common
 from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
+from engine.messages import NO_VALID_TOKEN, NOT_A_NUMBER, Request, Token, TokenTrace, pair
 from engine.numerics import (
     BLOCK,
     NEG_INF,
     best,
     block_masses,
     bounded,
+    integers,
     known_finite,
+    listed,
     log_softmax,
     log_sum_exp,
     moments,
@@ -40,20 +45,11 @@ from engine.numerics import (
     within,
 )
 from engine.rng import Domain, gumbel, uniform, winner
-from engine.strategies.base import Wants
+from engine.strategies.base import Ranked, Wants
 from engine.trace import RowTrace
-from engine.types import (
-    NO_VALID_TOKEN,
-    NOT_A_NUMBER,
-    Beside,
-    Candidate,
-    Request,
-    Rows,
-    Signals,
-    Token,
-    TokenTrace,
-)
+from engine.types import Beside, Rows, Signals
 
+Top = Seq[tuple[int, float]]  # the likeliest tokens and their numbers, best first
 _NOTHING = Wants()
 
 
@@ -67,9 +63,9 @@ class Samples:
     """
 
     token_ids: list[int]
-    logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]]
+    logprobs: dict[int, tuple[float, Top]]
     traces: dict[int, TokenTrace] = field(default_factory=dict)  # of the rows that asked for them
-    tops: dict[int, list[Candidate]] = field(default_factory=dict)  # where a strategy wants them
+    tops: dict[int, Ranked] = field(default_factory=dict)  # where a strategy wants them
     logits: Tensor | None = None  # after all transforms, [R, V]
 
 
@@ -84,6 +80,8 @@ class Sampler:
         self.greedy = self.common.greedy
         self.logprobs = np.full(lanes.num_lanes, -1)  # candidates wanted; -1: not even its own
         self.tops = np.zeros(lanes.num_lanes, dtype=np.int64)  # candidates for a strategy; 0: none
+        self.going = np.zeros(lanes.num_lanes, dtype=np.int64)  # of those that do not end
+        self.ends = lanes.ragged()  # which do, where that matters
         self.perturbed = lanes.flags()  # whose candidates are those of largest noisy logit
         self.traced = np.zeros(lanes.num_lanes, dtype=np.int64)  # tokens listed; 0: none
         self.watched = lanes.flags()  # whose filters want signals
@@ -95,6 +93,8 @@ class Sampler:
         """Give the lane a request's parameters, and what its strategy wants to see of a row."""
         self.pipeline.admit(lane, request)
         self.tops[lane] = wants.top
+        self.going[lane] = wants.going
+        self.ends.write(lane, request.ends if wants.going else ())
         self.perturbed[lane] = wants.perturbed
         ranked = request.params.best_of_several  # which needs the scores
         self.logprobs[lane] = (
@@ -112,7 +112,7 @@ class Sampler:
 
     def fork(self, parents: list[int], children: list[int]) -> None:
         self.pipeline.fork(parents, children)
-        for known in (self.logprobs, self.traced, self.tops):
+        for known in (self.logprobs, self.traced, self.tops, self.going):
             known[children] = known[parents]
 
     def observes(self, lane: int) -> bool:
@@ -199,7 +199,7 @@ class Sampler:
 
     def _candidates(
         self, raw: Tensor, logits: Tensor, rows: Rows, traces: Mapping[int, RowTrace]
-    ) -> dict[int, list[Candidate]]:
+    ) -> dict[int, Ranked]:
         """The likeliest tokens of rows whose strategies want them, after all transforms.
 
         Or those whose logits are largest with Gumbel noise added.
@@ -211,9 +211,11 @@ class Sampler:
         its = logits if everyone else logits[wanting]
         own = its if not self.mode.raw else raw if everyone else raw[wanting]
         lanes = [rows.host_lanes[row] for row in wanting]
-        counts: list[int] = self.tops[lanes].tolist()
         noisy, noise = self._noise(its, lanes, rows, wanting)
-        ids = best(noisy, max(counts))[1]
+        ids = best(noisy, int(self.tops[lanes].max()))[1]
+        limits = self.tops[lanes].tolist()
+        if bool(self.going[lanes].any()):
+            ids, limits = self._with_going(its, lanes, ids, limits)
         values, noise = its.gather(1, ids), noise.gather(1, ids)
         top, rest = log_sum_exp(its)
         # Scores that transformers would not normalise again are taken as they are.
@@ -226,27 +228,56 @@ class Sampler:
             if self.mode.normalised:
                 own_top, own_rest = log_sum_exp(own)
                 logprobs = logprobs - own_top - own_rest
+        counts = (values > NEG_INF).sum(1).tolist()  # what is banned comes last
         columns = zip(
             wanting,
-            counts,
+            map(min, counts, limits),
             reported,
             ids.tolist(),
             scores.tolist(),
-            noise.tolist(),
+            (scores.double() + noise.double()).tolist(),
             logprobs.tolist(),
             strict=True,
         )
-        tops: dict[int, list[Candidate]] = {}
-        for row, count, report_of, row_ids, row_scores, row_noise, row_logprobs in columns:
-            entries = zip(row_ids[:count], row_scores, row_noise, row_logprobs, strict=False)
-            tops[row] = [
-                Candidate(
-                    _token(token_id, logprob, report_of, traces.get(row)), score, score + own_noise
-                )
-                for token_id, score, own_noise, logprob in entries
-                if score > NEG_INF
-            ]
-        return tops
+        return {
+            row: Ranked(
+                row_ids[:count],
+                row_scores[:count],
+                row_noisy[:count],
+                partial(_token, row_ids, row_logprobs, report_of, traces.get(row)),
+            )
+            for row, count, report_of, row_ids, row_scores, row_noisy, row_logprobs in columns
+        }
+
+    def _with_going(
+        self, logits: Tensor, lanes: list[int], ids: Tensor, limits: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Candidates [m, K], of which so many count, and beside them the likeliest that do not end.
+
+        Best first, of equals the lowest id first.
+        """
+        rows: list[int] = np.flatnonzero(self.going[lanes]).tolist()
+        going, counts = logits[rows], integers(self.going[lanes][rows])
+        row, token_id, _ = self.ends.kept.of([lanes[row] for row in rows])
+        going[row, token_id] = NEG_INF
+        more = best(going, int(counts.max()))[1]
+        limit = integers([limits[row] for row in rows])
+        both = torch.cat((ids[rows], more), 1)
+        counted = torch.cat((_first(ids.shape[1], limit), _first(more.shape[1], counts)), 1)
+        # By id first, so that of equals the lowest comes first, and each is seen once.
+        both, order = torch.where(counted.to(both.device), both, logits.shape[1]).sort(1)
+        once = both < logits.shape[1]
+        once[:, 1:] &= both[:, 1:] != both[:, :-1]
+        its = logits[rows].gather(1, both.clamp(max=logits.shape[1] - 1))
+        values = torch.where(once, its, NEG_INF)
+        order = values.sort(dim=1, descending=True, stable=True)[1]
+        wide = torch.zeros(len(ids), both.shape[1], dtype=ids.dtype, device=ids.device)
+        wide[:, : ids.shape[1]] = ids
+        wide[rows] = both.gather(1, order).clamp(max=logits.shape[1] - 1)
+        limits = limits.copy()
+        for place, count in zip(rows, (values > NEG_INF).sum(1).tolist(), strict=True):
+            limits[place] = count
+        return wide, limits
 
     def _noise(
         self, logits: Tensor, lanes: list[int], rows: Rows, wanting: list[int]
@@ -263,11 +294,9 @@ class Sampler:
         noise[perturbed] = gumbel(uniforms).float()
         return logits + noise, noise
 
-    def _reported(
-        self, source: Tensor, lanes: list[int]
-    ) -> list[tuple[tuple[int, float], ...] | None]:
+    def _reported(self, source: Tensor, lanes: list[int]) -> list[Top | None]:
         """What is reported beside any token of each row: its likeliest; None if nothing is."""
-        found: list[tuple[tuple[int, float], ...] | None] = [None] * len(lanes)
+        found: list[Top | None] = [None] * len(lanes)
         counts: list[int] = self.logprobs[lanes].tolist()
         asking = [row for row, count in enumerate(counts) if count >= 0]
         if asking:
@@ -314,7 +343,7 @@ class Sampler:
 
     def _report(
         self, raw: Tensor, processed: Tensor, chosen: Tensor, rows: Rows
-    ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    ) -> dict[int, tuple[float, Top]]:
         wanting = self._wanting(rows)
         if not wanting:
             return {}
@@ -327,13 +356,21 @@ class Sampler:
         return {row: (value, top[:count]) for row, count, value, top in columns}
 
 
+def _first(width: int, counts: Tensor) -> Tensor:
+    """The first so many of each row, [m, width] bool."""
+    return torch.arange(width) < counts.unsqueeze(1)
+
+
 def _token(
-    token_id: int,
-    logprob: float,
-    top: tuple[tuple[int, float], ...] | None,
+    ids: list[int],
+    logprobs: list[float],
+    top: Top | None,
     trace: RowTrace | None,
+    place: int,
 ) -> Token:
-    token = Token(token_id, "") if top is None else Token(token_id, "", logprob, top)
+    """A candidate of a row as a token, with what is reported beside any token of the row."""
+    token_id = ids[place]
+    token = Token(token_id, "") if top is None else Token(token_id, "", logprobs[place], top)
     return token if trace is None else token._replace(trace=trace.of(token_id))
 
 
@@ -409,7 +446,7 @@ def draw_dense(
 
 def report(
     logits: Tensor, chosen: Tensor, count: int, normalised: bool
-) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+) -> tuple[list[float], list[Top]]:
     """The chosen tokens' logprobs (or logits) and each row's `count` best, for rows [R, V]."""
     # The largest logit and the sum are subtracted one after the other: their sum has too few digits
     # in float32 where logits are large.
@@ -421,5 +458,4 @@ def report(
     if count == 0:
         return own, [()] * len(own)
     values, ids = best(logits, count)
-    pairs = zip(ids.tolist(), (values - top - shift).tolist(), strict=True)
-    return own, [tuple(zip(row_ids, row_top, strict=True)) for row_ids, row_top in pairs]
+    return own, list(listed(pair, ids, values - top - shift))

@@ -3,8 +3,9 @@
 import codecs
 from collections.abc import Sequence as Seq
 
+from engine.messages import Token
 from engine.tokenizer import Tokenizer
-from engine.types import Sequence, Token
+from engine.types import Sequence
 
 _MAX_CHARACTER_BYTES = 4
 
@@ -53,6 +54,53 @@ class Detokenizer:
         return twin
 
 
+class Stops:
+    """Stop strings, searched for character by character in texts that grow.
+
+    A text's place in each string is how much of its end the string begins with (Knuth, Morris and
+    Pratt, 1977): so a character costs the same however long the strings are. Texts share this.
+    """
+
+    def __init__(self, strings: Seq[str]) -> None:
+        self.strings = tuple(strings)
+        self._first = frozenset(string[0] for string in strings)
+        # Of each string's first 1, 2, … characters, how many of the last begin it: as far as any
+        # text has come.
+        self._borders = [[0] for _ in strings]
+
+    def start(self) -> list[int]:
+        """The places of an empty text."""
+        return [0] * len(self.strings)
+
+    def feed(self, places: list[int], text: str) -> tuple[str, int] | None:
+        """Move on by some text, in place: the string that is complete first, and where it ends.
+
+        Of several that end at one place, the first in the list.
+        """
+        if self._first.isdisjoint(text) and not any(places):
+            return None
+        for at, character in enumerate(text, start=1):
+            for index, string in enumerate(self.strings):
+                place = places[index]
+                while place and string[place] != character:
+                    place = self._border(index, place)
+                place += string[place] == character
+                places[index] = place
+                if place == len(string):
+                    return string, at
+        return None
+
+    def _border(self, index: int, size: int) -> int:
+        """How many of a string's first `size` characters' last ones it begins with, but not all."""
+        string, borders = self.strings[index], self._borders[index]
+        while len(borders) < size:
+            border = borders[-1]
+            while border and string[border] != string[len(borders)]:
+                border = borders[border - 1]
+            borders.append(border + (string[border] == string[len(borders)]))
+        return borders[size - 1]
+
+
 class TextStream:
     """The text and tokens of one sequence on their way out.
 
@@ -61,10 +109,11 @@ class TextStream:
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stops: tuple[str, ...] = (), keep_stop: bool = False
+        self, detokenizer: Detokenizer, stops: Stops | None = None, keep_stop: bool = False
     ) -> None:
         self._detokenizer = detokenizer
-        self._stops = stops
+        self._stops = stops or _NO_STOPS
+        self._places = self._stops.start()
         self._keep_stop = keep_stop
         self._ready: list[str] = []
         self._held = ""
@@ -83,21 +132,24 @@ class TextStream:
         # Inside a character the token waits for the next one, whose text will hold it.
         leaves_at = self._pushed_len + self._detokenizer.inside_character
         self._tokens.append((leaves_at, _with_text(token, own)))
+        text = self._held + piece
         if not match:
-            self._release(self._held + piece, "")
+            self._places = self._stops.start()
+            self._release(text, "")
             return None
-        held = self._held + piece
-        if not self._stops:
-            self._release(held, "")
+        found = self._stops.feed(self._places, piece)
+        if found is None:
+            kept = len(text) - max(self._places, default=0)
+            self._release(text[:kept], text[kept:])
             return None
-        stop = self._first_stop(held)
-        if stop is None:
-            keep = self._could_begin_stop(held)
-            self._release(held[: len(held) - keep], held[len(held) - keep :])
-            return None
-        end = held.find(stop) + (len(stop) if self._keep_stop else 0)
-        self._release(held[:end], "")
+        stop, end = found
+        end += len(self._held) - (0 if self._keep_stop else len(stop))
+        self._release(text[:end], "")
         return stop
+
+    def ahead(self) -> "Ahead":
+        """Where more tokens would lead."""
+        return Ahead(self._detokenizer, self._stops, self._places)
 
     def push_silent(self, token: Token, text: str = "") -> None:
         """Add a token that ends the sequence; of it only `text` is seen."""
@@ -130,6 +182,10 @@ class TextStream:
         """All that have not been taken."""
         return [token for _, token in self._tokens]
 
+    def token(self, index: int) -> Token:
+        """One of those."""
+        return self._tokens[index][1]
+
     @property
     def text(self) -> str:
         """All that may leave and has not been taken."""
@@ -142,6 +198,7 @@ class TextStream:
 
     def fork(self) -> "TextStream":
         twin = TextStream(self._detokenizer.fork(), self._stops, self._keep_stop)
+        twin._places = self._places.copy()
         twin._ready = self._ready.copy()
         twin._held = self._held
         twin._tokens = self._tokens.copy()
@@ -155,17 +212,27 @@ class TextStream:
             self._ready_len += len(text)
         self._held = held
 
-    def _first_stop(self, text: str) -> str | None:
-        """The stop string that is complete first; of several, the first in the list."""
-        found = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
-        return min(found, key=lambda match: match[0])[1] if found else None
 
-    def _could_begin_stop(self, text: str) -> int:
-        longest = max(map(len, self._stops)) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stops):
-                return size
-        return 0
+class Ahead:
+    """What tokens would do to a text that has not got them: would it stop? Nothing is changed."""
+
+    def __init__(
+        self, detokenizer: Detokenizer, stops: Stops, places: list[int], count: int = 0
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._places = places
+        self.count = count  # of the tokens ahead
+        self.stops = False  # does the last of them complete a stop string?
+
+    def after(self, token: Token, match: bool = True) -> "Ahead":
+        """One token further; with `match` false its text cannot be part of a stop string."""
+        detokenizer = self._detokenizer.fork()
+        places = self._places.copy() if match else self._stops.start()
+        further = Ahead(detokenizer, self._stops, places, self.count + 1)
+        piece = detokenizer.feed(token.id)
+        further.stops = match and self._stops.feed(places, piece) is not None
+        return further
 
 
 class Settled:
@@ -181,15 +248,14 @@ class Settled:
 
     def take(self, sequences: Seq[Sequence]) -> tuple[str, tuple[Token, ...]]:
         """What may leave now that was not common, or not complete, before."""
-        first = sequences[0].tokens
         # What ends a sequence may not show in its text.
-        outputs = [one.output[:-1] if one.finish_reason else one.output for one in sequences]
-        while self._num_pushed < min(map(len, outputs)):
-            ids = {output[self._num_pushed] for output in outputs}
-            if len(ids) > 1:
+        shortest = min(one.num_generated - bool(one.finish_reason) for one in sequences)
+        while self._num_pushed < shortest:
+            place = self._num_pushed
+            if len({one.token_ids[one.prompt_len + place] for one in sequences}) > 1:
                 break
             self._num_pushed += 1
-            token = first[self._num_pushed - 1]
+            token = sequences[0].stream.token(place)
             self._stream.push(token, match=self._num_pushed > self._min_tokens)
         text, tokens = self._stream.take()
         self._text_len += len(text)
@@ -199,6 +265,9 @@ class Settled:
     def rest_of(self, text: str, tokens: Seq[Token]) -> tuple[str, tuple[Token, ...]]:
         """What has not left yet of a sequence's whole output."""
         return text[self._text_len :], tuple(tokens[self._num_tokens :])
+
+
+_NO_STOPS = Stops(())
 
 
 def _with_text(token: Token, text: str) -> Token:

@@ -2,18 +2,25 @@
 
 import inspect
 import json
+import math
+import os
 import re
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+import tokenizers.models
 
 from engine.errors import InvalidRequest, ModelUnavailable
+
+# One text's pieces are not worth threads of their own, which would stand in the engine's way.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What a tokenizer_config.json may hold besides and leave tokenizer.json as it is.
@@ -22,11 +29,16 @@ _WITHOUT_EFFECT = {
     *("model_max_length", "clean_up_tokenization_spaces"),
 }
 
+_SHOWN_ERROR = 500  # characters of what a template says
+
+# Characters that Unicode's composition makes one of, at most.
+_LONGEST_COMPOSITION = 4
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """Text to ids and back. Reading is thread-safe; nothing is ever written."""
+    """Text to ids and back. Reading is thread-safe; nothing is ever written. Pickles."""
 
     def __init__(self, folder: Path) -> None:
         """Load from a Hugging Face folder. Raises ModelUnavailable."""
@@ -52,6 +64,7 @@ class Tokenizer:
         self.vocabulary: dict[str, int] = vocab
         self.size = max(vocab.values()) + 1
         added = self._backend.get_added_tokens_decoder()
+        self._added_tokens: dict[int, Any] = added
         self.special = {i: str(token.content) for i, token in added.items() if token.special}
         self._added = {i: str(token.content) for i, token in added.items()}
         self._bytes: dict[int, bytes] = {}
@@ -59,6 +72,13 @@ class Tokenizer:
         kinds = _decoder_kinds(json.loads(decoder.__getstate__())) if decoder else set()
         self._byte_level = _byte_alphabet() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is found anew where it is wanted, and the lock.
+        return self.__dict__ | {"_lock": None, "_bytes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_lock": threading.Lock()})
 
     @property
     def hf(self) -> Any:
@@ -77,14 +97,62 @@ class Tokenizer:
         """Is `hf` there at once?"""
         return self._hf is not None
 
+    def warm_up(self) -> None:
+        """Find now whatever is otherwise found when it is first asked for."""
+        with suppress(ModelUnavailable):  # whoever asks is told
+            _ = self.hf, self._template_arguments
+        _ = self.adds_bos, self._coarsest
+
     @cached_property
     def adds_bos(self) -> bool:
         """Does encoding text put a beginning-of-sequence token first?"""
         return self.encode("")[:1] == [self.bos_id]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self.encode_all([text], add_special_tokens)[0]
+
+    def encode_all(self, texts: Seq[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Each text by itself. Other threads run meanwhile, as they do not beside `encode` of
+        `tokenizers`.
+        """
+        encoded = self._backend.encode_batch_fast(
+            list(texts), add_special_tokens=add_special_tokens
+        )
+        return [one.ids for one in encoded]
+
+    def least_tokens(self, text: str) -> int:
+        """No encoding of this text has fewer tokens: found in no time, however long it is."""
+        if self._coarsest is None:
+            return 0
+        longest, vanishing = self._coarsest
+        return (len(text) - sum(map(text.count, vanishing))) // longest
+
+    @cached_property
+    def _coarsest(self) -> tuple[int, list[str]] | None:
+        """How many characters a token can stand for at most, and those that have none.
+
+        None if that is not known: only of byte-level BPE, and of BPE that falls back to bytes,
+        where nothing else of a text is left out on the way.
+        """
+        model = self._backend.model
+        if not isinstance(model, tokenizers.models.BPE):
+            return None
+        bytes_of = {byte: symbol for symbol, byte in _byte_alphabet().items()}
+        if model.byte_fallback:
+            bytes_of = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        missing = {byte for byte, symbol in bytes_of.items() if symbol not in self.vocabulary}
+        # Every character of several bytes has one of these.
+        if missing.intersection(range(0x80, 0xC0)):
+            return None
+        if any(token.lstrip or token.rstrip for token in self._added_tokens.values()):
+            return None  # takes any number of spaces along
+        if not _keeps_all(_state_of(self._backend.pre_tokenizer)):
+            return None
+        composed = _composed(_state_of(self._backend.normalizer))
+        if composed is None:
+            return None
+        vanishing = [chr(byte) for byte in missing if byte < 0x80]
+        return composed * max(map(len, self.vocabulary)), vanishing
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -113,8 +181,10 @@ class Tokenizer:
                 messages, tokenize=False, **options, **variables
             )
         except Exception as error:
+            own = options.get("chat_template")
             raise InvalidRequest(
-                f"the chat template refuses these messages: {error}", "messages"
+                f"the chat template refuses these messages: {str(error)[:_SHOWN_ERROR]}",
+                "chat_template" if own else "messages",
             ) from error
         return text
 
@@ -222,6 +292,34 @@ def _load_hf(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ModelUnavailable(f"no usable tokenizer in {folder}: {reason}") from error
+
+
+def _state_of(part: Any) -> dict[str, Any]:
+    """What a part of a tokenizer would be in tokenizer.json; {} if there is none."""
+    state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return state
+
+
+def _keeps_all(pre_tokenizer: dict[str, Any]) -> bool:
+    """Does a pre-tokenizer leave out nothing of a text?"""
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        return all(map(_keeps_all, pre_tokenizer["pretokenizers"]))
+    if kind == "Split":
+        return bool(pre_tokenizer["behavior"] != "Removed")
+    return kind in (None, "ByteLevel", "Digits", "Metaspace", "Punctuation")
+
+
+def _composed(normalizer: dict[str, Any]) -> int | None:
+    """How many characters a normalizer makes one of, at most; None if that is not known."""
+    kind = normalizer.get("type")
+    if kind == "Sequence":
+        parts = [_composed(part) for part in normalizer["normalizers"]]
+        return None if None in parts else math.prod(part for part in parts if part is not None)
+    if kind == "Replace":
+        pattern = normalizer["pattern"].get("String")
+        return 1 if pattern is not None and len(normalizer["content"]) >= len(pattern) else None
+    return {None: 1, "Prepend": 1, "NFC": _LONGEST_COMPOSITION}.get(kind)
 
 
 def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:

@@ -16,9 +16,10 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline, run_transforms, widening
 from engine.logits.stage import Filter, Stage
-from engine.numerics import NEG_INF, best, count_finite, moments, scan, summarise
+from engine.messages import Listed, Probability, StageTrace, TokenTrace
+from engine.numerics import NEG_INF, best, count_finite, listed, moments, scan, summarise
 from engine.rng import Domain, gumbel, uniform
-from engine.types import LayerTrace, Probability, Rows, StageTrace, TokenTrace
+from engine.types import Rows
 
 
 class RowTrace:
@@ -46,8 +47,8 @@ class RowTrace:
             varentropy=float(varentropy),
             temperature=0.0 if greedy else float(self._candidates.temperature[0]),
             stages=tuple(stages),
-            before=_likeliest(raw, top, self._raw_total),
-            after=_likeliest(self._final, top, self._candidates.total),
+            before=_likeliest(raw, top, self._raw_total)[0],
+            after=_likeliest(self._final, top, self._candidates.total)[0],
             rank=0,
             prob_before=0.0,
             prob_after=0.0,
@@ -93,12 +94,9 @@ class RowTrace:
         return Domain.TOKEN
 
 
-def trace_layers(logits: Tensor, layers: Seq[int], top: int) -> tuple[LayerTrace, ...]:
-    """The likeliest next tokens of chosen layers, from their logits [n, V]: the logit lens."""
-    return tuple(
-        LayerTrace(layer, _likeliest(one, top, total))
-        for layer, one, total in zip(layers, logits.split(1), _total(logits), strict=True)
-    )
+def likeliest(logits: Tensor, top: int) -> list[Listed[Probability]]:
+    """The `top` likeliest tokens of each row [n, V] that are left."""
+    return _likeliest(logits, top, _total(logits))
 
 
 def _filtered(
@@ -166,9 +164,10 @@ def _name(stage: Stage) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(stage).__name__).lower()
 
 
-def _likeliest(logits: Tensor, top: int, total: Tensor) -> tuple[Probability, ...]:
-    """The `top` likeliest tokens of a row [1, V] that are left; `total` is ln Σ exp of all."""
+def _likeliest(logits: Tensor, top: int, totals: Tensor) -> list[Listed[Probability]]:
+    """The `top` likeliest tokens of rows [n, V]; `totals` [n, 1] are ln Σ exp of all of a row."""
     values, ids = best(logits, top)
-    probs = (values.double() - total).exp()
-    pairs = zip(ids[0].tolist(), probs[0].tolist(), strict=True)
-    return tuple(Probability(token_id, prob) for token_id, prob in pairs if prob > 0.0)
+    probs = (values.double() - totals).exp()
+    counts = (probs > 0.0).sum(1).tolist()  # the others come last
+    rows = zip(listed(Probability, ids, probs), counts, strict=True)
+    return [row[:count] for row, count in rows]

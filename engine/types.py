@@ -1,222 +1,24 @@
-"""The messages that cross between threads, and the two records the scheduler keeps.
+"""The records the scheduler keeps, and the tensors of a step.
 
-Messages cannot be changed, and pickle. What every row of every step has is a tuple, which takes a
-third of the time of a frozen dataclass to make. `Sequence` and `Group` are mutable and have one
-writer, the scheduler, on the engine thread.
+`Sequence` and `Group` are mutable and have one writer, the scheduler, on the engine thread.
 
 Letters in shapes, here and everywhere: T tokens of a step, S sequences of a step, R logits rows,
 V vocabulary, L lanes, B blocks per sequence, C context length, H hidden size.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from engine.messages import FinishReason, Request, Token
 from engine.numerics import integers
-from engine.params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.strategies.base import Strategy
-    from engine.text import Settled, TextStream
-
-
-NO_VALID_TOKEN = -1  # instead of a token id: every token was banned
-NOT_A_NUMBER = -2  # the model's row held a NaN
-
-
-class FinishReason(StrEnum):
-    """Why a sequence ended, in OpenAI's words."""
-
-    STOP = "stop"
-    LENGTH = "length"
-
-
-# -- messages to the engine
-
-
-@dataclass(frozen=True, slots=True)
-class TraceWish:
-    """How much of a trace is wanted: so many tokens in its lists, and the lens on these layers."""
-
-    top: int = 10
-    layers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt and how to continue it; every default is resolved."""
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    max_tokens: int
-    seed: int
-    logprobs: int | None = None  # candidates listed with each token; None: no logprobs at all
-    prompt_logprobs: int | None = None
-    trace: TraceWish | None = None
-    explained: tuple[int, ...] = ()  # positions of the prompt whose tokens are traced, ascending
-    forced_len: int = 0  # so many tokens at the prompt's end count as output
-    hidden_ids: tuple[int, ...] = ()  # behind the prompt, seen by the model alone: pause tokens
-    num_thoughts: int = 0  # latent ones, behind those
-    end_ids: tuple[int, ...] = ()  # behind the thoughts, hidden too
-    early_layers: tuple[int, ...] = ()  # to contrast the last one with
-    companion_ids: tuple[int, ...] = ()  # the companion's prompt, where parameters need one
-    question_ids: tuple[int, ...] = ()  # self-evaluation: what is asked behind a try
-    verdict_ids: tuple[int, ...] = ()  # and the tokens for yes and no
-    eos_token_ids: frozenset[int] = frozenset()
-    stop_tokens: Mapping[int, int | str] = field(default_factory=dict)  # id -> its stop_reason
-    stop_strings: tuple[str, ...] = ()
-    bad_word_ids: tuple[tuple[int, ...], ...] = ()
-    dry_breaker_ids: tuple[tuple[int, ...], ...] = ()
-    clarify_token: int | None = None
-    skip_special_tokens: bool = True
-    stream: bool = False  # deliver as text appears, not once at the end
-    priority: int = 0  # lower is sooner
-    cache_salt: str = ""  # only requests with the same salt share cached blocks
-    arrival_s: float = 0.0  # time.monotonic() when it came in
-
-    @property
-    def probes(self) -> bool:
-        """Does it want to look into the model?"""
-        return self.params.reads_layers or bool(self.trace and self.trace.layers)
-
-    @property
-    def looks_beside(self) -> bool:
-        """Do its rows see anything besides their own logits?"""
-        return bool(self.companion_ids or self.early_layers or self.params.reads_attention)
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens before the first that is generated, hidden ones included."""
-        return len(self.prompt_ids) + len(self.hidden_ids) + self.num_thoughts + len(self.end_ids)
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end a sequence."""
-        eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
-        return eos | self.stop_tokens.keys()
-
-
-# -- messages from the engine
-
-
-@dataclass(frozen=True, slots=True)
-class Probability:
-    """A token and its probability."""
-
-    token_id: int
-    prob: float
-
-
-@dataclass(frozen=True, slots=True)
-class StageTrace:
-    """What a stage that acted left: how many tokens, without how much of the mass before it."""
-
-    stage: str
-    candidates: int
-    removed: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTrace:
-    """What a layer alone would say next, likeliest first. Layer 0 is the embedding."""
-
-    layer: int
-    top: tuple[Probability, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenTrace:
-    """A row's way through the pipeline. Entropy is in nats, both lists are likeliest first."""
-
-    entropy: float  # of the model's own distribution
-    varentropy: float
-    temperature: float  # all that the logits were divided by; 0: the likeliest token was taken
-    stages: tuple[StageTrace, ...]
-    before: tuple[Probability, ...]
-    after: tuple[Probability, ...]
-    rank: int  # the chosen token's place in the model's own distribution, from 1
-    prob_before: float
-    prob_after: float
-    uniform: float | None
-    layers: tuple[LayerTrace, ...] = ()
-
-
-class Token(NamedTuple):
-    """A generated or prompt token as the client sees it."""
-
-    id: int
-    text: str  # what it adds to the text; a special token's own string
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest (token id, logprob), best first
-    rank: int | None = None  # 1 for the likeliest; filled for prompt tokens
-    trace: TokenTrace | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A token that could come next, and its logprob after penalties and bans, at temperature 1."""
-
-    token: Token
-    logprob: float
-    perturbed: float = 0.0  # the logprob with Gumbel noise, where a strategy wants that
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new of one choice of one request."""
-
-    request_id: str
-    index: int
-    text: str = ""
-    tokens: tuple[Token, ...] = ()
-    prompt: tuple[Token, ...] = ()  # the first delta of a choice, if prompt logprobs were asked for
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    explained: tuple[tuple[int, Token], ...] = ()  # with their positions; whole, at the end
-    report: Mapping[str, Any] = field(default_factory=dict)  # of the strategy; at the end
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last message about a request that succeeded. Times are of `time.monotonic()`."""
-
-    request_id: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int  # of all choices, and of those best_of left out
-    longest_tokens: int  # of the longest of these
-    finish_reasons: tuple[FinishReason, ...]
-    arrival_s: float
-    scheduled_s: float
-    first_token_s: float
-    finished_s: float
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The last message about a request that did not succeed."""
-
-    request_id: str
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """The engine's state after a step, and what the step did."""
-
-    num_running: int = 0  # sequences
-    num_waiting: int = 0  # sequences
-    kv_usage: float = 0.0  # referenced blocks over all blocks
-    num_tokens: int = 0  # computed in this step
-    cache_queries: int = 0  # prompt tokens looked up in the prefix cache, and found
-    cache_hits: int = 0
-    num_preemptions: int = 0
-    token_gaps_s: tuple[float, ...] = ()  # since each sequence's token before this step's
+    from engine.text import Ahead, Settled, TextStream
 
 
 # -- the scheduler's records
@@ -246,6 +48,7 @@ class Sequence:
     model: int = 0  # which of the engine's models computes it
     companion: "Sequence | None" = None
     pending: list[Token] = field(default_factory=list)
+    ahead: "Ahead | None" = None  # where its pending tokens lead, as far as anybody has asked
     score: float = 0.0  # what its strategy makes of it
     scores: list[float] = field(default_factory=list)  # one for each branch that led here
     memory: Any = None  # what its strategy keeps with it
@@ -295,7 +98,7 @@ class Group:
     request: Request
     strategy: "Strategy"
     live: list[Sequence]
-    asleep: list[Sequence] = field(default_factory=list)  # not computed until they are woken
+    asleep: dict[Sequence, None] = field(default_factory=dict)  # not computed until they are woken
     finished: list[Sequence] = field(default_factory=list)
     settled: "Settled | None" = None
     prompt: list[Token] = field(default_factory=list)
@@ -331,20 +134,55 @@ class Group:
     def to_compute(self) -> list[Sequence]:
         """The live sequences to run, and their companions.
 
-        Copies of the bare prompt are computed once, by the first.
+        Of several, the first computes the prompt for all.
         """
         if len(self.live) == 1 and self.live[0].companion is None:
             return self.live
-        copies = len(self.live) > 1 and all(seq.num_generated == 0 for seq in self.live)
-        running = self.live[:1] if copies else self.live
-        companions = [seq.companion for seq in running if seq.companion is not None]
-        return [*running, *companions]
+        return with_companions(self.live[:1] if self.shares_prompt else self.live)
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Is there a prompt left to compute that several sequences will share?"""
+        if len(self.live) == 1:
+            return False
+        first = self.live[0]
+        if first.num_generated == 0:  # the others are copies of it
+            return True
+        return any(one.num_computed < one.prompt_len for one in with_companions([first]))
 
     @property
     def sequences(self) -> list[Sequence]:
         """All that may hold blocks: live ones, sleepers, and the companions of both."""
-        own = [*self.live, *self.asleep]
-        return own + [seq.companion for seq in own if seq.companion is not None]
+        return with_companions([*self.live, *self.asleep])
+
+    def cost(self, length: int, start: int) -> int:
+        """What `length` tokens of the prompt from `start` on cost, in tokens that nobody looks at.
+
+        Each token that is scored is a row of logits too, and one that is traced several.
+        """
+        request, end = self.request, start + length
+        scored = 0
+        if request.prompt_logprobs is not None:
+            scored = max(min(end, len(request.prompt_ids)) - start, 0)
+        return length + scored + request.trace_rows * self._num_traced(start, end)
+
+    def affordable(self, start: int, most: int, budget: int) -> int:
+        """How many tokens from `start` on the budget allows: one at least, `most` at most."""
+        if self.request.prompt_logprobs is None and not self.request.explained:
+            return min(most, budget)
+        return max(
+            bisect_right(range(most + 1), budget, key=partial(self.cost, start=start)) - 1, 1
+        )
+
+    def _num_traced(self, start: int, end: int) -> int:
+        """How many tokens in (start, end] are explained: each by what its predecessor predicts."""
+        explained = self.request.explained
+        return bisect_right(explained, end) - bisect_right(explained, start)
+
+
+def with_companions(sequences: list[Sequence]) -> list[Sequence]:
+    """These, and the companions they have."""
+    return sequences + [one.companion for one in sequences if one.companion is not None]
 
 
 class Chunk(NamedTuple):
@@ -376,6 +214,9 @@ class Plan:
 
     chunks: list[Chunk]
     copies: list[BlockCopy]
+    failed: list[tuple[Group, Exception]] = field(
+        default_factory=list
+    )  # that could not be admitted
 
     @property
     def num_tokens(self) -> int:

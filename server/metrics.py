@@ -15,8 +15,8 @@ from prometheus_client import (
 )
 from prometheus_client.registry import Collector
 
+from engine.messages import Finished, FinishReason, Request, StepStats
 from engine.prepare import ModelInfo
-from engine.types import Finished, FinishReason, Request, StepStats
 
 # fmt: off
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5,

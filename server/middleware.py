@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.types import Finished
+from engine.messages import Finished
 from server.errors import ApiError, to_api_error
 from server.state import ServerState
 from server.stream import SlowClient

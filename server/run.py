@@ -1,7 +1,6 @@
 """Run the server: a socket, uvicorn, and an end in steps."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from engine.client import EngineState
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable, Overloaded
 from engine.load import load_engine
+from engine.memory import keep_collections_short
 from engine.models.source import locate
 from engine.prepare import ModelInfo
 from server.app import create_app
@@ -45,9 +45,7 @@ def serve(settings: Settings) -> int:
             beside = None if amateur is None else (amateur.name, amateur.fetch(stopping))
             folder = location.fetch(stopping)
         loaded = load_engine(settings.engine, folder, beside)
-        # The garbage collector need not look through all modules again and again: that takes a
-        # tenth of a second, in which nothing is answered.
-        gc.freeze()
+        keep_collections_short()
         return loaded
 
     config = settings.server
@@ -60,6 +58,7 @@ def serve(settings: Settings) -> int:
         config.served_model_name or [location.name],
         max_waiting=settings.engine.max_waiting,
         sampling=settings.sampling,
+        warm=True,
     )
     server = Server(app, host=config.host, port=config.port)
     server.run(_listen(config.host, config.port))

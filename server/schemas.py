@@ -22,8 +22,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from engine.params import Integer, SamplingParams, StrictModel, TokenId, clash
-from engine.types import TraceWish
+from engine.messages import TraceWish
+from engine.params import Integer, Layers, SamplingParams, StrictModel, TokenIds, clash
 
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 MAX_LOGPROBS = 20
@@ -93,9 +93,8 @@ class TraceOptions(StrictModel):
     model_config = ConfigDict(extra="forbid")
 
     top: Integer = Field(default=10, ge=1, le=100, description="Tokens in each list.")
-    layers: list[Integer] = Field(
+    layers: Layers = Field(
         default=[],
-        max_length=256,
         description="Also what these layers alone would say next; 0 is the embedding.",
     )
 
@@ -511,7 +510,7 @@ class DetokenizeRequest(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(default=None, description="Name of the served model.")
-    tokens: list[TokenId] = Field(description="Token ids to decode.")
+    tokens: TokenIds = Field(description="Token ids to decode.")
 
 
 REQUESTS = (

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from engine import errors, types
+from engine.messages import Delta, Failed, Finished, FinishReason, Request, StepStats, Token
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output
-from engine.types import Delta, Failed, Finished, FinishReason, Request, StepStats, Token
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("engine/**/*.py"), *ROOT.glob("server/**/*.py")])

@@ -235,11 +235,17 @@ extern "C" void logitmill_penalise(int64_t isa, const Rows* rows, const int64_t*
     WIDE(penalise_rows, *rows, lanes, *counts, *penalties);
 }
 
-// Keep up DRY's matches with the tokens of n lanes at these positions, at some of which sequence
-// breakers of several tokens end: `broken` [n], or null.
-extern "C" void logitmill_extend_matches(int64_t isa, const Dry* dry, const int64_t* lanes,
+// Keep up matches with the tokens of n lanes at these positions; at those `broken` [n], if not null,
+// all are over.
+extern "C" void logitmill_extend_matches(int64_t isa, const Matches* matches, const int64_t* lanes,
                                          const int64_t* positions, const bool* broken, int64_t n) {
-    WIDE(extend_matches, *dry, lanes, positions, broken, n);
+    WIDE(extend_matches, *matches, lanes, positions, broken, n);
+}
+
+// The matches of a lane's first `length` tokens, none longer than `reach`.
+extern "C" void logitmill_find_matches(int64_t isa, const Matches* matches, int64_t lane,
+                                       int64_t length, int64_t reach) {
+    WIDE(find_matches, *matches, lane, length, reach);
 }
 
 // The DRY penalty, in place; lanes and positions are [R].

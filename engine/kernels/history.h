@@ -1,4 +1,5 @@
-// What looks at the tokens so far. In engine/logits counts.py, penalties.py and dry.py are the reference.
+// What looks at the tokens so far. In engine/logits counts.py, penalties.py, matches.py and dry.py are
+// the reference.
 
 // Rounded before anything is added to it, as torch does: not one operation with what follows.
 INLINE float product(float a, float b) {
@@ -46,20 +47,37 @@ void penalise_rows(const Rows& rows, const int64_t* lanes, const Counts& c, cons
 }
 
 // Take in a token of each of n lanes: matches grow by one before tokens like it, all others are over.
-// `broken` [n]: a sequence breaker of several tokens ends there; null: nowhere.
-void extend_matches(const Dry& d, const int64_t* lanes, const int64_t* positions, const bool* broken,
-                    int64_t n) {
+// `broken` [n]: no match goes on there; null: all do.
+void extend_matches(const Matches& m, const int64_t* lanes, const int64_t* positions,
+                    const bool* broken, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         const int64_t lane = lanes[i], last = positions[i];
-        const int32_t *tokens = d.tokens + lane * d.context, token = tokens[last];
-        int32_t* matches = d.matches + lane * d.context;
-        const bool breaks = d.breakers[lane * d.vocab + token] || (broken && broken[i]);
-        matches[last] = 0;
+        const int32_t *tokens = m.tokens + lane * m.context, token = tokens[last];
+        int32_t* lengths = m.lengths + lane * m.context;
+        const bool breaks = broken && broken[i];
+        lengths[last] = 0;
         for (int64_t at = last - 1; at >= 0; --at) {
-            const int32_t before = at > 0 ? matches[at - 1] : 0;
-            matches[at] = tokens[at] == token && !breaks ? before + 1 : 0;
+            const int32_t before = at > 0 ? lengths[at - 1] : 0;
+            lengths[at] = tokens[at] == token && !breaks ? before + 1 : 0;
         }
     }
+}
+
+// The matches of a lane's first `length` tokens, none longer than `reach`: read from the end, how much
+// of the history each place begins with (the Z function), in time proportional to the length.
+void find_matches(const Matches& m, int64_t lane, int64_t length, int64_t reach) {
+    const int32_t* end = m.tokens + lane * m.context + length - 1;
+    int32_t* lengths = m.lengths + lane * m.context + length - 1;  // both backwards from here
+    int64_t from = 0, to = 0;  // the match that goes back farthest covers places [from, to)
+    for (int64_t at = 1; at < length; ++at) {
+        int64_t size = at < to ? smaller((int64_t)lengths[-(at - from)], to - at) : 0;
+        while (at + size < length && end[-size] == end[-(at + size)]) ++size;
+        lengths[-at] = (int32_t)size;
+        if (at + size > to) from = at, to = at + size;
+    }
+    for (int64_t at = 1; at < length; ++at)
+        lengths[-at] = (int32_t)smaller((int64_t)lengths[-at], reach);
+    lengths[0] = 0;
 }
 
 // In place, where the multiplier is above 0.

@@ -160,6 +160,10 @@ class Penalties(Structure):
     )
 
 
+class Matches(Structure):
+    _fields_ = (("tokens", c_void_p), ("lengths", c_void_p), ("context", c_int64))
+
+
 class Dry(Structure):
     _fields_ = (
         ("tokens", c_void_p),
@@ -245,6 +249,7 @@ class Library:
             ("count_tokens", None),
             ("penalise", None),
             ("extend_matches", None),
+            ("find_matches", None),
             ("penalise_matches", None),
             ("choose", None),
             ("keep", None),
@@ -444,19 +449,25 @@ class Library:
         )
 
     def extend_matches(
-        self, dry: Dry, lanes: Tensor, positions: Tensor, broken: Tensor | None
+        self, matches: Matches, lanes: Tensor, positions: Tensor, broken: Tensor | None
     ) -> None:
         """Take in lanes' [n] tokens at these positions [n], int64.
 
-        `broken` [n] bool: sequence breakers of several tokens end there; None: nowhere.
+        `broken` [n] bool: no match goes on there; None: all do.
         """
         self._dll.logitmill_extend_matches(
             self._isa,
-            ctypes.byref(dry),
+            ctypes.byref(matches),
             _address(lanes),
             _address(positions),
             None if broken is None else _address(broken),
             c_int64(len(lanes)),
+        )
+
+    def find_matches(self, matches: Matches, lane: int, length: int, reach: int) -> None:
+        """Those of a lane's first `length` tokens, none longer than `reach`."""
+        self._dll.logitmill_find_matches(
+            self._isa, ctypes.byref(matches), c_int64(lane), c_int64(length), c_int64(reach)
         )
 
     def penalise_matches(self, logits: Tensor, lanes: Tensor, positions: Tensor, dry: Dry) -> None:

@@ -107,9 +107,15 @@ struct Penalties {  // of each lane, [L]
     const bool* prompt;  // whether the first also looks at the prompt
 };
 
+struct Matches {  // of each lane; see engine/logits/matches.py
+    const int32_t* tokens;  // [L, C]
+    int32_t* lengths;       // [L, C]: of the match that ends there
+    int64_t context;        // C
+};
+
 struct Dry {  // of each lane, [L, ...]; see engine/logits/dry.py
     const int32_t* tokens;   // [L, C]
-    int32_t* matches;        // [L, C]: how long a match ends there
+    const int32_t* matches;  // [L, C]: how long a match ends there
     int32_t* longest;        // [L, V]: a place to work in
     const bool* breakers;    // [L, V]: which tokens are sequence breakers
     const float *multiplier, *base;     // [L]

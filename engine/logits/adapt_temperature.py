@@ -6,7 +6,8 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.history import History
 from engine.logits.stage import Filter
-from engine.types import Request, Rows
+from engine.messages import Request
+from engine.types import Rows
 
 
 class AdaptTemperature(Filter):

@@ -4,8 +4,9 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class AllowedTokens(Transform):
@@ -20,7 +21,7 @@ class AllowedTokens(Transform):
     def admit(self, lane: int, request: Request) -> bool:
         allowed = request.params.allowed_token_ids
         self.limited[lane] = allowed is not None
-        self.allowed.write(lane, sorted(set(allowed or ())))
+        self.allowed.write(lane, allowed or ())
         return allowed is not None
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:

@@ -1,13 +1,13 @@
 """Words that must not be generated."""
 
-import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.logits.history import ANY, ends_with
 from engine.logits.stage import Transform
+from engine.logits.words import Words
+from engine.messages import Request
 from engine.numerics import NEG_INF
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class BadWords(Transform):
@@ -17,18 +17,13 @@ class BadWords(Transform):
     soft_ban = True
 
     def __init__(self, lanes: Lanes) -> None:
-        self.lanes = lanes
-        self.words = lanes.ragged(torch.int64, pad=ANY)  # last token, and those before it
+        self.words = Words(lanes)
 
     def admit(self, lane: int, request: Request) -> bool:
-        words = request.bad_word_ids
-        self.words.write(lane, [word[-1] for word in words], [list(word[:-1]) for word in words])
-        return bool(words)
+        self.words.write(lane, request.bad_word_ids)
+        return bool(request.bad_word_ids)
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        row, last, leading = self.words.at(rows)
-        lane, ends = rows.lanes[row], rows.positions[row] + 1
-        begins = self.lanes.prompt_lengths[lane]
-        banned = ends_with(self.lanes, lane, ends, leading, begins)
+        row, last, banned = self.words.at(rows)
         logits[row[banned], last[banned]] = NEG_INF
         return logits

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF, finite, log_softmax, scan
-from engine.types import Request, Rows, companions_of
+from engine.types import Rows, companions_of
 
 
 class ContrastiveDecoding(Transform):

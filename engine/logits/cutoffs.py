@@ -5,7 +5,8 @@ import torch
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
-from engine.types import Request, Rows
+from engine.messages import Request
+from engine.types import Rows
 
 
 class EpsilonCutoff(Filter):

@@ -1,17 +1,15 @@
 """DoLa, decoding by contrasting layers: Chuang et al., 2023, arXiv:2309.03883."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF, divergence, finite, log_softmax, row_sum
-from engine.types import Request, Rows
-
-_SHALLOW = 40  # models of more layers take their buckets from the first and the last 20
+from engine.types import Rows
 
 
 class Dola(Transform):
@@ -85,17 +83,3 @@ def _mean_divergence(final: Tensor, other: Tensor) -> Tensor:
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p (ln p - ln q) over the vocabulary."""
     return row_sum(torch.where(p > 0.0, p * (log_p - log_q), 0.0)).squeeze(-1)
-
-
-def early_layers(chosen: str | Sequence[int], num_layers: int, tied: bool) -> tuple[int, ...]:
-    """The layers that `dola_layers` names: itself a list, or "low" or "high", as transformers has.
-
-    Layer 0 is the embedding, which says nothing in models that embed and read with one matrix.
-    """
-    if not isinstance(chosen, str):
-        return tuple(chosen)
-    start = min(2, num_layers - 1) if tied else 0
-    shallow, half = num_layers <= _SHALLOW, num_layers // 2
-    if chosen == "low":
-        return tuple(range(start, half if shallow else 20, 2)) or (start,)
-    return tuple(range(half if shallow else num_layers - 20, num_layers, 2))

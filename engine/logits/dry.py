@@ -6,12 +6,13 @@ from torch import Tensor
 
 from engine.kernels import native
 from engine.lanes import Lanes
-from engine.logits.history import ANY, ends_with
+from engine.logits.matches import Matches
 from engine.logits.stage import Transform
+from engine.logits.words import Words
+from engine.messages import Request
 from engine.numerics import NEG_INF, kernels
-from engine.types import Request, Rows
+from engine.types import Rows
 
-_UNKNOWN = -1  # of a lane that was given to another sequence
 _LARGEST_EXPONENT = 88.72283905206835  # e to this is the largest float32
 
 
@@ -22,9 +23,6 @@ class Dry(Transform):
     context and an earlier place loses multiplier · base^(m - allowed length); of several matches
     the longest counts. No match crosses a sequence breaker, and a breaker of one token loses
     nothing. A token whose text holds a breaker is one.
-
-    For each lane, how long a match ends at each position is kept: when a token is appended, those
-    at the same tokens grow by one and the others are over.
     """
 
     fields = (
@@ -41,26 +39,23 @@ class Dry(Transform):
         self.base = lanes.column(torch.float32, neutral=1.0)
         self.allowed = lanes.column(torch.int64, neutral=1)
         self.last_n = lanes.column(torch.int64, neutral=-1)
-        self.long_breakers = lanes.ragged(torch.int64, pad=ANY)  # of several tokens
+        self.long_breakers = Words(lanes)  # of several tokens
+        self.matches = Matches(lanes, self._broken, self._reach)
         self._breakers: Tensor | None = None  # [L, V] bool: those of one token
-        self._matches: Tensor | None = None  # [L, C] int32
         self._longest: Tensor | None = None  # [L, V] int32: a place to work in
         self._tables = native.Dry()  # all of these, for the kernels
-        self._active = lanes.flags()
-        self._covered = np.full(lanes.num_lanes, _UNKNOWN)
         lanes.on_fork(self._fork)
 
     def admit(self, lane: int, request: Request) -> bool:
         params = request.params
         wanted = params.dry_multiplier > 0.0 and params.dry_penalty_last_n != 0
         self.multiplier[lane] = params.dry_multiplier if wanted else 0.0
-        self._active[lane] = wanted
         self.base[lane] = params.dry_base
         self.allowed[lane] = params.dry_allowed_length
         self.last_n[lane] = params.dry_penalty_last_n
-        self._covered[lane] = _UNKNOWN
+        self.matches.start(lane, wanted=wanted)
         long = [ids for ids in request.dry_breaker_ids if len(ids) > 1] if wanted else []
-        self.long_breakers.write(lane, [ids[-1] for ids in long], [list(i[:-1]) for i in long])
+        self.long_breakers.write(lane, long)
         if wanted:
             holding = self.lanes.vocabulary.holding(tuple(params.dry_sequence_breakers))
             if self._breakers is None:
@@ -69,9 +64,9 @@ class Dry(Transform):
         return wanted
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        if self._matches is None or self._breakers is None or self._longest is None:
+        if self._breakers is None or self._longest is None:
             return logits  # no lane has ever wanted this
-        self._catch_up(rows)
+        self.matches.catch_up(rows)
         if (library := kernels(logits)) is not None:
             library.penalise_matches(logits, rows.lanes, rows.positions, self._tables)
             return logits
@@ -82,7 +77,9 @@ class Dry(Transform):
         begin = torch.where(last_n < 0, 0, lengths - last_n).clamp(min=0)
         # A match that ends at i - 1 makes token i a candidate, and reaches back to `begin` at most.
         match = torch.zeros_like(ids)
-        match[:, 1:] = self._matches[rows.lanes, : rows.max_len - 1].minimum(index[1:] - begin)
+        match[:, 1:] = self.matches.lengths[rows.lanes, : rows.max_len - 1].minimum(
+            index[1:] - begin
+        )
         match.masked_fill_((index >= lengths) | (index <= begin), 0)
         # Few places matter, but asking a GPU which would mean waiting for it.
         row, column = few_places(match >= allowed) if ids.is_cpu else all_places(match)
@@ -106,86 +103,41 @@ class Dry(Transform):
         lowered = torch.where(extends & (scores > NEG_INF), lowered, scores)
         return logits.index_put_((row, token_ids), lowered)
 
-    def _catch_up(self, rows: Rows) -> None:
-        lanes, ends = np.asarray(rows.host_lanes), np.asarray(rows.host_positions) + 1
-        wanting = self._active[lanes]
-        for row in np.flatnonzero(wanting & (self._covered[lanes] == _UNKNOWN)).tolist():
-            self._recount(rows.host_lanes[row], rows.host_positions[row])
-        covered = self._covered[lanes]
-        while (behind := np.flatnonzero(wanting & (covered < ends))).size:
-            index = torch.from_numpy(behind).to(self.lanes.device)
-            at = torch.from_numpy(covered[behind]).to(self.lanes.device)
-            self._append(rows.lanes[index], at, int(covered[behind].max()))
-            covered[behind] += 1
-        self._covered[lanes[wanting]] = ends[wanting]
-
-    def _append(self, lanes: Tensor, positions: Tensor, last: int) -> None:
-        """Take in the tokens at `positions` [R], at most `last`, of some lanes."""
-        assert self._matches is not None
+    def _broken(self, host_lanes: list[int], lanes: Tensor, positions: Tensor) -> Tensor:
+        """Where sequence breakers end at these positions [R], [R] bool."""
         assert self._breakers is not None
-        broken = self._broken(lanes, positions) if len(self.long_breakers.lanes) else None
-        if lanes.is_cpu and (library := native.LIBRARY) is not None:
-            library.extend_matches(self._tables, lanes, positions, broken)
-            return
-        tokens = self.lanes.tokens[lanes, : last + 1]
-        new = tokens.gather(1, positions.unsqueeze(1))
-        breaks = self._breakers[lanes, new.squeeze(1).long()]
-        if broken is not None:
-            breaks |= broken
-        before = torch.nn.functional.pad(self._matches[lanes, :last], (1, 0))
-        index = torch.arange(last + 1, device=tokens.device)
-        goes_on = (tokens == new) & (index < positions.unsqueeze(1)) & ~breaks.unsqueeze(1)
-        self._matches[lanes, : last + 1] = torch.where(goes_on, before + 1, 0)
+        new = self.lanes.tokens[lanes, positions].long()
+        broken = self._breakers[lanes, new]
+        if len(self.long_breakers):
+            row, last, there = self.long_breakers.ending(
+                host_lanes, positions, torch.zeros_like(positions)
+            )
+            done = there & (new[row] == last)
+            broken.index_fill_(0, row[done], True)
+        return broken
 
-    def _broken(self, lanes: Tensor, positions: Tensor) -> Tensor:
-        """Where sequence breakers of several tokens end at these positions [R], [R] bool."""
-        new = self.lanes.tokens[lanes, positions]
-        row, final, leading = self.long_breakers.of(lanes)
-        begins = torch.zeros_like(row)
-        done = ends_with(self.lanes, lanes[row], positions[row], leading, begins)
-        done &= new[row] == final
-        return torch.zeros_like(new, dtype=torch.bool).index_fill_(0, row[done], True)
-
-    def _recount(self, lane: int, position: int) -> None:
-        """Find the matches of what a lane began with, but not of what came after `position`."""
-        assert self._matches is not None
+    def _reach(self, lane: int, length: int) -> int:
+        """How many of a lane's first `length` tokens stand behind the last breaker."""
         assert self._breakers is not None
-        length = min(self.lanes.lengths[lane], position + 1)
         tokens = self.lanes.tokens[lane, :length]
         breaks = self._breakers[lane][tokens.long()].cpu().numpy()
         ids = tokens.cpu().numpy()
-        mine = self.long_breakers.lanes == lane
-        for last, leading in zip(
-            self.long_breakers.token_ids[mine].tolist(),
-            self.long_breakers.values[mine].tolist(),
-            strict=True,
-        ):
-            word = [token for token in leading if token != ANY] + [last]
-            if len(word) <= length:
-                windows = np.lib.stride_tricks.sliding_window_view(ids, len(word))
-                breaks[len(word) - 1 :] |= (windows == word).all(1)
+        for word in self.long_breakers.of(lane):
+            ends = np.flatnonzero(ids == word[-1])
+            for back, token in enumerate(word[-2::-1], start=1):
+                ends = ends[ends >= back]
+                ends = ends[ids[ends - back] == token]
+            breaks[ends] = True
         broken = np.flatnonzero(breaks)
-        reach = length - 1 - int(broken[-1]) if broken.size else length
-        matches = np.zeros(length, dtype=np.int32)
-        ends = np.arange(length - 1)
-        for back in range(reach):
-            ends = ends[ends >= back]
-            ends = ends[ids[ends - back] == ids[length - 1 - back]]
-            if not ends.size:
-                break
-            matches[ends] += 1
-        self._matches[lane] = 0
-        self._matches[lane, :length] = torch.from_numpy(matches)
-        self._covered[lane] = length
+        return length - 1 - int(broken[-1]) if broken.size else length
 
     def _allocate(self, vocab_size: int) -> None:
         size, device = self.lanes.num_lanes, self.lanes.device
         self._breakers = torch.zeros(size, vocab_size, dtype=torch.bool, device=device)
-        self._matches = torch.zeros_like(self.lanes.tokens)
         self._longest = torch.zeros(size, vocab_size, dtype=torch.int32, device=device)
         self._tables = native.Dry(
             tokens=self.lanes.tokens.data_ptr(),
-            matches=self._matches.data_ptr(),
+            matches=self.matches.lengths.data_ptr(),
             longest=self._longest.data_ptr(),
             breakers=self._breakers.data_ptr(),
             multiplier=self.multiplier.values.data_ptr(),
@@ -197,9 +149,7 @@ class Dry(Transform):
         )
 
     def _fork(self, parents: list[int], children: list[int]) -> None:
-        self._covered[children] = self._covered[parents]
-        if self._matches is not None and self._breakers is not None:
-            self._matches[children] = self._matches[parents]
+        if self._breakers is not None:
             self._breakers[children] = self._breakers[parents]
 
 

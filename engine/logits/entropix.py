@@ -16,8 +16,9 @@ from engine.logits.candidates import Candidates
 from engine.logits.history import History
 from engine.logits.stage import Filter
 from engine.logits.top_p import below
+from engine.messages import Request
 from engine.params import EntropixParams
-from engine.types import Request, Rows
+from engine.types import Rows
 
 _TRIES = 5  # draws of which the likeliest is taken where nothing stands out
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
-from engine.types import Request, Rows
+from engine.messages import Request
+from engine.types import Rows
 
 
 class EosLengthPenalty(Transform):
@@ -27,8 +28,8 @@ class EosLengthPenalty(Transform):
         wanted = request.params.eos_length_penalty > 0.0
         self.strength[lane] = request.params.eos_length_penalty
         self.window[lane] = request.params.eos_length_window
-        ends = request.eos_token_ids | request.stop_tokens.keys()
-        self.ends.write(lane, sorted(ends) if wanted else [])
+        ends = request.possible_ends
+        self.ends.write(lane, ends if wanted else ())
         return wanted and bool(ends)
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
@@ -57,7 +58,7 @@ class ExponentialDecayLengthPenalty(Transform):
     def admit(self, lane: int, request: Request) -> bool:
         pair = request.params.exponential_decay_length_penalty
         self.start[lane], self.factor[lane] = pair or (0, 1.0)
-        self.ends.write(lane, sorted(request.eos_token_ids) if pair else [])
+        self.ends.write(lane, request.eos_token_ids if pair else ())
         return pair is not None and bool(request.eos_token_ids)
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:

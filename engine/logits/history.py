@@ -8,20 +8,6 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.types import Rows
 
-ANY = -1  # pads sequences of tokens on the left
-
-
-def ends_with(lanes: Lanes, its: Tensor, ends: Tensor, tokens: Tensor, begins: Tensor) -> Tensor:
-    """Do lanes' histories hold these tokens up to (not including) index `ends`? [N] bool.
-
-    `its`, `ends` [N] int64; tokens [N, W], padded with ANY; all of them at `begins` [N] or later.
-    """
-    width = tokens.shape[1]
-    index = ends.unsqueeze(1) + torch.arange(-width, 0, device=ends.device)
-    held = lanes.tokens[its.unsqueeze(1), index.clamp(min=0)]
-    there = (index >= begins.unsqueeze(1)) & (held == tokens)
-    return ((tokens == ANY) | there).all(1)
-
 
 @dataclass(frozen=True, slots=True)
 class History:

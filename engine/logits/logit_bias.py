@@ -4,7 +4,8 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
-from engine.types import Request, Rows
+from engine.messages import Request
+from engine.types import Rows
 
 
 class LogitBias(Transform):
@@ -17,9 +18,10 @@ class LogitBias(Transform):
 
     def admit(self, lane: int, request: Request) -> bool:
         biases = request.params.logit_bias
-        self.biases.write(lane, list(biases), [[bias] for bias in biases.values()])
+        self.biases.write(lane, biases, biases.values())
         return bool(biases)
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
         row, token_id, bias = self.biases.at(rows)
-        return logits.index_put_((row, token_id), bias.flatten(), accumulate=True)
+        logits[row, token_id] += bias  # no token twice
+        return logits

@@ -7,8 +7,9 @@ import torch
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.messages import Request
 from engine.numerics import NEG_INF
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class MinP(Filter):

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class MinTokens(Transform):
@@ -25,9 +26,9 @@ class MinTokens(Transform):
 
     def admit(self, lane: int, request: Request) -> bool:
         wanted = request.params.min_tokens > 0
-        ends = request.eos_token_ids | request.stop_tokens.keys()
+        ends = request.possible_ends
         self.min_tokens[lane] = request.params.min_tokens
-        self.ends.write(lane, sorted(ends) if wanted else [])
+        self.ends.write(lane, ends if wanted else ())
         return wanted and bool(ends)
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:

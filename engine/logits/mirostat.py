@@ -8,7 +8,8 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
-from engine.types import Request, Rows
+from engine.messages import Request
+from engine.types import Rows
 
 _FITTED = 100  # of the likeliest tokens, by which version 1 estimates the Zipf exponent
 

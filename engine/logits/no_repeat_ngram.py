@@ -5,9 +5,11 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.history import History
+from engine.logits.matches import Matches
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class NoRepeatNgram(Transform):
@@ -19,23 +21,22 @@ class NoRepeatNgram(Transform):
     def __init__(self, lanes: Lanes) -> None:
         self.lanes = lanes
         self.size = lanes.column(torch.int64, neutral=0)
+        self.matches = Matches(lanes)
 
     def admit(self, lane: int, request: Request) -> bool:
-        self.size[lane] = request.params.no_repeat_ngram_size
-        return request.params.no_repeat_ngram_size > 0
+        size = request.params.no_repeat_ngram_size
+        self.size[lane] = size
+        self.matches.start(lane, wanted=size > 0)
+        return size > 0
 
     def apply(self, logits: Tensor, rows: Rows) -> Tensor:
-        history = History.of(self.lanes, rows)
-        ids, lengths, size = history.ids, history.lengths, self.size.at(rows)
-        # Entry i is banned if the n - 1 entries before it are the row's last n - 1.
-        banned = history.written & (size > 0) & (history.index >= size - 1)
-        for back in range(1, min(int(size.max()), rows.max_len)):
-            last = ids.gather(1, (lengths - back).clamp(min=0))
-            same = (ids[:, :-back] == last) | (size <= back)
-            banned[:, back:] &= same
-            banned[:, :back] &= size <= back
-            if not bool(banned.any()):
-                return logits
-        scores = logits.gather(1, ids)
+        self.matches.catch_up(rows)
+        history, size = History.of(self.lanes, rows), self.size.at(rows)
+        # A token is banned if the n - 1 before it are the row's last n - 1. Nothing is before the
+        # first one.
+        match = torch.zeros_like(history.ids)
+        match[:, 1:] = self.matches.lengths[rows.lanes, : rows.max_len - 1]
+        banned = history.written & (size > 0) & (match >= size - 1)
+        scores = logits.gather(1, history.ids)
         scores.masked_fill_(history.count(banned, logits.shape[1]) > 0, NEG_INF)
-        return logits.scatter_(1, ids, scores)
+        return logits.scatter_(1, history.ids, scores)

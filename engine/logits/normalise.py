@@ -4,8 +4,9 @@ from torch import Tensor
 
 from engine.lanes import Lanes
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import log_softmax
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class Normalise(Transform):

@@ -11,8 +11,9 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.counts import TokenCounts
 from engine.logits.stage import Transform
+from engine.messages import Request
 from engine.numerics import kernels
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class Penalties(Transform):

@@ -13,8 +13,9 @@ from torch import Tensor
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter, Stage, Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF, pick, scan
-from engine.types import Request, Rows
+from engine.types import Rows
 
 Kind = TypeVar("Kind", bound=Stage)
 

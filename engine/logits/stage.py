@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from engine.lanes import Lanes
-from engine.types import Request, Rows
+from engine.messages import Request
+from engine.types import Rows
 
 if TYPE_CHECKING:
     from engine.logits.candidates import Candidates

@@ -5,8 +5,9 @@ import torch
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.messages import Request
 from engine.numerics import row_sum
-from engine.types import Request, Rows
+from engine.types import Rows
 
 _CONSIDERED = 100  # tokens, as in transformers
 

@@ -5,8 +5,9 @@ import torch
 from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.stage import Filter
+from engine.messages import Request
 from engine.rng import Domain, uniform
-from engine.types import Request, Rows
+from engine.types import Rows
 
 
 class Xtc(Filter):
@@ -30,7 +31,7 @@ class Xtc(Filter):
         wanted = params.xtc_probability > 0.0 and params.xtc_threshold <= 0.5
         self.probability[lane] = params.xtc_probability if wanted else 0.0
         self.threshold[lane] = params.xtc_threshold
-        self.ends.write(lane, sorted(request.eos_token_ids) if wanted else [])
+        self.ends.write(lane, request.eos_token_ids if wanted else ())
         return wanted
 
     def apply(self, candidates: Candidates, rows: Rows) -> None:

@@ -138,6 +138,7 @@ class TransformersModel:
         self._device = device
         self.dtype = dtype
         self.vocab_size = int(text.vocab_size)
+        self.hidden_size = int(text.hidden_size)
         self._softcap = getattr(text, "final_logit_softcapping", None)
         self._factor = getattr(text, "logit_scale", None) or 1.0
         self._factor /= getattr(text, "logits_scaling", None) or 1.0

@@ -1,5 +1,6 @@
 """Decoding strategies, and which one a request gets."""
 
+from engine.messages import Request
 from engine.params import Method
 from engine.strategies.base import Strategy
 from engine.strategies.beam import Beam
@@ -9,7 +10,6 @@ from engine.strategies.sampling import Sampling
 from engine.strategies.search import A_STAR, BEST_FIRST, Search
 from engine.strategies.sed import SelfEvaluation
 from engine.strategies.stochastic import StochasticBeams
-from engine.types import Request
 
 
 def choose(request: Request) -> Strategy:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 from torch import Tensor
 
-from engine.types import Candidate, Sequence, Token
+from engine.messages import Candidate, Token
+from engine.types import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +16,48 @@ class Wants:
     """What a strategy needs to see of each row besides the token chosen for it."""
 
     top: int = 0  # that many of the likeliest tokens, after penalties and bans
+    going: int = 0  # and that many of the likeliest that do not end the sequence, if others do
     perturbed: bool = False  # the likeliest after Gumbel noise has been added, instead
     hidden: bool = False  # the newest token's final hidden state
     logits: bool = False  # the whole rows, before and after penalties and bans
     coverage: bool = False  # how its attention is spread over the prompt
+
+
+class Ranked(Seq[Candidate]):
+    """The likeliest tokens of a row, best first.
+
+    A candidate is made when somebody asks for it: of many beams' candidates few are ever chosen.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        scores: list[float],
+        perturbed: list[float],
+        token: Callable[[int], Token],
+    ) -> None:
+        """`token` makes the token at a place in these lists."""
+        self.ids = ids
+        self.scores = scores  # logprobs
+        self.perturbed = perturbed
+        self.token = token
+
+    def with_tokens(self, token: Callable[[int], Token]) -> "Ranked":
+        """The same, made in another way."""
+        return Ranked(self.ids, self.scores, self.perturbed, token)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Candidate]: ...
+    def __getitem__(self, place: int | slice) -> Candidate | list[Candidate]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        place = range(len(self))[place]  # Raises IndexError, which ends an iteration
+        return Candidate(self.token(place), self.scores[place], self.perturbed[place])
 
 
 class View(NamedTuple):
@@ -29,7 +68,7 @@ class View(NamedTuple):
     """
 
     tokens: list[Token]  # what the sampler chose, with its logprobs
-    top: Seq[list[Candidate]] = ()  # best first
+    top: Seq[Ranked] = ()
     raw: Tensor | None = None
     logits: Tensor | None = None
     hidden: Tensor | None = None
@@ -43,7 +82,8 @@ class Branch(NamedTuple):
 
     A parent with one branch continues, with several it is forked, with none it is dropped. The
     tokens of a draft are pending: nobody hears of them and nothing ends by them until a later
-    branch settles them. A branch that sleeps is not computed until a later branch of it does not.
+    branch settles them. A branch that sleeps is not computed until a later branch of it does not;
+    one that is asleep already and has no branch sleeps on, until one drops it or the group ends.
     """
 
     parent: Sequence
@@ -53,6 +93,7 @@ class Branch(NamedTuple):
     draft: bool = False
     settle: bool = True  # do the parent's pending tokens count from now on?
     asleep: bool = False
+    dropped: bool = False
     seed: int | None = None  # for draws of its own
 
 

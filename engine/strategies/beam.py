@@ -5,13 +5,18 @@ arXiv:1610.02424.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import NO_VALID_TOKEN, Candidate, Request, Sequence, Token
+from engine.messages import NO_VALID_TOKEN, Candidate, Request, Token
+from engine.strategies.base import Branch, Plain, Ranked, View, Wants
+from engine.types import Sequence
+
+FloatArray = NDArray[np.floating[Any]]
 
 _LEAST_COVERAGE = 1e-10
 _LARGE = 1e30  # beyond this all penalties are alike
@@ -67,14 +72,23 @@ class _Memory:
     coverage: Tensor | None = None  # [prompt length]: attention received so far
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Step:
-    """A beam, and the token that would extend it."""
+    """A beam, and which of its candidates would extend it."""
 
     parent: Sequence
-    candidate: Candidate
+    candidates: Ranked
+    place: int
     memory: _Memory
     ends: bool = False
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.candidates[self.place] if self.candidates else _NOTHING
+
+    @property
+    def token_id(self) -> int:
+        return self.candidates.ids[self.place] if self.candidates else NO_VALID_TOKEN
 
 
 class _Group:
@@ -109,7 +123,7 @@ class _Group:
         return kept if self.done else [*going, *kept]
 
     def _score(self, step: _Step, length: int) -> float:
-        last = step.candidate.token.id
+        last = step.token_id
         own = self.score(step.memory.total, step.parent, length, last)
         return own + self.score.coverage(step.memory.coverage)
 
@@ -138,12 +152,14 @@ class Beam(Plain):
         self.diversity = min(params.diversity_penalty, _LARGE)
         num_groups = params.num_beam_groups
         size = self.width // num_groups
-        self.num_kept = max(2, 1 + len(request.ends)) * size
         self.groups = [_Group(index, size, request) for index in range(num_groups)]
         self.score = self.groups[0].score
         # Other groups may push down as many tokens as they have beams.
+        others = self.width if num_groups > 1 else 0
         self.wants = Wants(
-            top=self.num_kept + (self.width if num_groups > 1 else 0),
+            top=2 * size + others,
+            # One token that ends leaves enough of those.
+            going=size + others if len(request.ends) > 1 else 0,
             coverage=params.coverage_penalty > 0.0,
         )
 
@@ -153,10 +169,9 @@ class Beam(Plain):
         for group in self.groups:
             if group.done:
                 continue
-            steps = self._steps(live, view, group, chosen)
-            for step in group.choose(steps):
+            for step in group.choose(self._steps(live, view, group, chosen)):
                 candidate = step.candidate
-                chosen[candidate.token.id] += not step.ends
+                chosen[step.token_id] += not step.ends
                 # In float32, as transformers adds them up, near ties come out alike.
                 score = float(np.float32(step.parent.score) + np.float32(candidate.logprob))
                 branches.append(
@@ -167,31 +182,51 @@ class Beam(Plain):
     def _steps(
         self, live: list[Sequence], view: View, group: _Group, chosen: Counter[int]
     ) -> list[_Step]:
-        """The best ways to extend a group's beams; of equals the first beam's lowest id."""
-        steps: list[_Step] = []
+        """The best ways to extend a group's beams; of equals the first beam's lowest id.
+
+        Down to the last that matters: of those that end the first `size`, and `size` that go on.
+        """
+        beams: list[tuple[int, Sequence, _Memory]] = []
+        columns: list[tuple[FloatArray, FloatArray]] = []
         for index, (sequence, candidates) in enumerate(zip(live, view.top, strict=True)):
             memory = sequence.memory or _Memory(group.index)
             if memory.group != group.index:
                 continue
-            coverage = memory.coverage
             if view.coverage:
-                seen = view.coverage[index]
-                coverage = seen if coverage is None else coverage + seen
-            for candidate in candidates or [_NOTHING]:
-                cost = np.float32(self.diversity * chosen[candidate.token.id])
-                total = np.float32(memory.total) + (np.float32(candidate.logprob) - cost)
-                kept = _Memory(group.index, float(total), coverage)
-                steps.append(_Step(sequence, candidate, kept))
-        steps.sort(key=lambda step: -step.memory.total)
+                seen, before = view.coverage[index], memory.coverage
+                coverage = seen if before is None else before + seen
+                memory = replace(memory, coverage=coverage)
+            beams.append((index, sequence, memory))
+            logprobs = np.array(candidates.scores or [_NOTHING.logprob])
+            costs = np.zeros(len(logprobs))
+            if chosen:
+                costs[: len(candidates)] = [chosen[token_id] for token_id in candidates.ids]
+            scores = logprobs.astype(np.float32) - (self.diversity * costs).astype(np.float32)
+            columns.append((logprobs, np.float32(memory.total) + scores))
+        totals = np.concatenate([total for _, total in columns])
+        order = np.argsort(-totals, kind="stable")
         if self.prune is not None:
-            least = max(step.candidate.logprob for step in steps) - self.prune
-            steps = [step for step in steps if step.candidate.logprob >= least]
-        return [
-            _Step(step.parent, step.candidate, step.memory, ends=True)
-            if view.ends(step.parent, step.candidate.token)
-            else step
-            for step in steps[: self.num_kept]
-        ]
+            logprobs = np.concatenate([logprob for logprob, _ in columns])
+            order = order[logprobs[order] >= logprobs.max() - self.prune]
+        sizes = [len(total) for _, total in columns]
+        places = np.concatenate([np.arange(size) for size in sizes])
+        beam_of = np.repeat(np.arange(len(beams)), sizes)
+        steps: list[_Step] = []
+        num_going = 0
+        last = live[0].num_generated + 1 >= group.max_tokens  # where none goes on
+        for at in order.tolist():
+            index, sequence, memory = beams[beam_of[at]]
+            step = _Step(sequence, view.top[index], int(places[at]), memory)
+            if view.ends(sequence, Token(step.token_id, "")):
+                if len(steps) >= group.size:
+                    continue
+                step.ends = True
+            step.memory = replace(memory, total=float(totals[at]))
+            steps.append(step)
+            num_going += not step.ends
+            if len(steps) >= group.size and (num_going >= group.size or last):
+                break
+        return steps
 
     def rank(self, finished: list[Sequence]) -> list[Sequence]:
         """The best, of each group no more than it has beams.

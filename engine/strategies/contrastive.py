@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.messages import NO_VALID_TOKEN, Request, Token
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import NO_VALID_TOKEN, Request, Sequence, Token
+from engine.types import Sequence
 
 
 class Contrastive(Plain):

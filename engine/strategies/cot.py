@@ -1,15 +1,20 @@
 """CoT-decoding: Wang and Zhou, 2024, arXiv:2402.10200."""
 
 import math
+import time
 from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Sequence as Seq
 
 import regex
 
+from engine.errors import InvalidRequest
+from engine.messages import Candidate, Request
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import Candidate, Request, Sequence
+from engine.types import Sequence
 
 _NUMBER = r"-?\d+(?:[.,]\d+)*"
-_PATIENCE_S = 0.2  # a pattern that takes longer fails its request
+_PATIENCE_S = 0.03  # for all branches together: all streams wait meanwhile
 
 
 class CotDecoding(Plain):
@@ -44,9 +49,13 @@ class CotDecoding(Plain):
         return branches
 
     def rank(self, finished: list[Sequence]) -> list[Sequence]:
-        """The surest first; of equals the one whose first token was likelier."""
+        """The surest first; of equals the one whose first token was likelier.
+
+        Raises InvalidRequest if the pattern takes too long.
+        """
         in_order = sorted(finished, key=lambda sequence: sequence.memory or 0)
-        found = [self._answer(sequence) for sequence in in_order]
+        until = time.monotonic() + _PATIENCE_S
+        found = [self._answer(sequence, until) for sequence in in_order]
         sums: dict[str | None, float] = {}
         for answer, confidence in found:
             sums[answer] = sums.get(answer, 0.0) + confidence
@@ -66,17 +75,26 @@ class CotDecoding(Plain):
         ranked = sorted(zip(in_order, found, strict=True), key=worth)
         return [sequence for sequence, _ in ranked[: self.n]]
 
-    def _answer(self, sequence: Sequence) -> tuple[str | None, float]:
+    def _answer(self, sequence: Sequence, until: float) -> tuple[str | None, float]:
         """What a branch answers, and how sure of it the model is."""
         ends = sequence.stream.ends
+        patience_s = max(until - time.monotonic(), 1e-4)  # 0 would be no limit
+        matches = self.pattern.finditer(sequence.stream.text, timeout=patience_s, concurrent=True)
+        try:
+            last = deque(matches, maxlen=1)
+        except TimeoutError:
+            raise InvalidRequest(
+                f"cot_pattern takes over {_PATIENCE_S:g} s to find its matches in the answers",
+                "cot_pattern",
+            ) from None
         answer, (start, end) = None, (0, len(ends))
-        for match in self.pattern.finditer(sequence.stream.text, timeout=_PATIENCE_S):
+        for match in last:
             answer, (start, end) = match.group().strip(), _tokens_of(ends, *match.span())
         gaps = sequence.scores[start:end]
         return answer, sum(gaps) / len(gaps) if gaps else 0.0
 
 
-def _gap(candidates: list[Candidate]) -> float:
+def _gap(candidates: Seq[Candidate]) -> float:
     """How much more probable the likeliest is than the next."""
     probs = [math.exp(candidate.logprob) for candidate in candidates[:2]]
     return probs[0] - sum(probs[1:]) if probs else 0.0

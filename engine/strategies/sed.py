@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from engine.messages import NO_VALID_TOKEN, Candidate, Request, Token
 from engine.strategies.base import Branch, Plain, View, Wants
-from engine.types import NO_VALID_TOKEN, Candidate, Request, Sequence, Token
+from engine.types import Sequence
 
 
 @dataclass(slots=True)
@@ -56,9 +57,7 @@ class SelfEvaluation(Plain):
         drafts: list[Branch] = []
         for index, sequence in enumerate(live):
             drafts += self._try_on(self.tries[sequence.memory], sequence, index, view)
-        if drafts:
-            return [*drafts, Branch(self.main, asleep=True)]
-        return [self._decide()]
+        return drafts or [self._decide()]
 
     def _go_on(self, sequence: Sequence, view: View) -> list[Branch]:
         """The ordinary choice, or the tries that a chaotic point asks for."""

@@ -2,10 +2,11 @@
 
 import math
 
+from engine.messages import NO_VALID_TOKEN, Request, Token
 from engine.rng import derive
 from engine.strategies.base import Branch, Plain, View, Wants
 from engine.strategies.beam import Score
-from engine.types import NO_VALID_TOKEN, Request, Sequence, Token
+from engine.types import Sequence
 
 
 class StochasticBeams(Plain):

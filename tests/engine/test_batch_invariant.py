@@ -8,8 +8,8 @@ import pytest
 
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable
+from engine.messages import Token
 from engine.models.cpu_decoder import CpuDecoder
-from engine.types import Token
 from tests.support import tiny
 from tests.support.engines import request, run, tiny_core
 

@@ -20,8 +20,8 @@ from engine.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from engine.messages import Delta, Finished, Request, StepStats
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Finished, Request, StepStats
 from tests.support.engines import assert_all_free, info, request, run, scripted_core
 from tests.support.scripted import ScriptedModel
 
@@ -212,6 +212,54 @@ async def test_one_that_fails_raises_for_its_reader_only(tokenizer: Tokenizer) -
         assert isinstance((await read(good))[-1], Finished)
         assert engine.state is EngineState.SERVING
     assert sorted(watcher.told) == [("error", "bad"), ("finished", "good")]
+
+
+async def test_one_that_cannot_even_be_queued_fails_alone(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = core.submit
+
+    def broken(one: Request) -> None:
+        if one.request_id == "bad":
+            raise ZeroDivisionError
+        submit(one)
+
+    monkeypatch.setattr(core, "submit", broken)
+    async with serving(core) as engine:
+        both = [engine.generate([request(core, [5, 6], name)]) for name in ("bad", "good")]
+        with pytest.raises(GenerationFailed, match="generation failed unexpectedly"):
+            await read(both[0])
+        assert await read(both[1])
+        assert engine.num_open == 0
+
+
+async def test_whatever_an_observer_does_readers_get_their_messages(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    watcher = Watcher()
+    for name in ("on_step", "on_finished", "on_error", "on_abort"):
+        monkeypatch.setattr(watcher, name, broken)
+    async with serving(core, observer=watcher) as engine:
+        both = [engine.generate([request(core, [5, 6], name)]) for name in "ab"]
+        for one in both:
+            assert isinstance((await read(one))[-1], Finished)
+        engine.generate([request(core, [5, 6], "gone", **LONG)]).close()
+        assert engine.num_open == 0
+
+
+async def test_many_requests_at_once_do_not_hold_up_a_step(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be taken in at once is taken in between the next steps."""
+    monkeypatch.setattr("engine.client._RECEIVING_S", 0.0)
+    async with serving(core) as engine:
+        names = [str(number) for number in range(12)]
+        many = engine.generate([request(core, [5, 6], name, **LONG) for name in names])
+        finished = {one.request_id for one in await read(many) if isinstance(one, Finished)}
+    assert finished == set(names)
 
 
 async def test_messages_wait_in_order_for_a_slow_reader(core: EngineCore) -> None:

@@ -11,9 +11,10 @@ import engine.core
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.core import EngineCore
 from engine.errors import GenerationFailed
+from engine.messages import FinishReason, Token
 from engine.strategies.base import Branch, Plain, View
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, Sequence, Token
+from engine.types import Sequence
 from tests.support.engines import (
     EOS,
     assert_all_free,
@@ -282,7 +283,8 @@ def test_a_long_prompt_is_projected_some_rows_at_a_time(
     run(core, request(core, [5] * 1000, prompt_logprobs=0, max_tokens=1))
     assert (model.num_rows, model.most_rows) == (1000, 256)
 
-    monkeypatch.setattr(engine.core, "_PROMPT_ROWS_BYTES", 7 * VOCAB * 4)
+    monkeypatch.setattr(engine.core, "_MOST_BYTES", 7 * VOCAB * 4)
+    core = scripted_core(model, tokenizer, num_blocks=256, max_batch_tokens=1024)
     model.most_rows = 0
     results = run(core, request(core, [5] * 1000, prompt_logprobs=0, max_tokens=1))
     assert model.most_rows == 7

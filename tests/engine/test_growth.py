@@ -10,10 +10,11 @@ import torch
 
 from engine.core import EngineCore
 from engine.growth import ends, grow
+from engine.messages import NO_VALID_TOKEN, FinishReason, Request, Token
 from engine.strategies.base import Branch
-from engine.text import Settled
+from engine.text import Settled, Stops
 from engine.tokenizer import Tokenizer
-from engine.types import NO_VALID_TOKEN, FinishReason, Request, Sequence, Token
+from engine.types import Sequence
 from tests.support import tiny
 from tests.support.beams import ENDS, beams, prompts_of
 from tests.support.engines import EOS, Results, collect, request, run, scripted_core, tiny_core
@@ -30,7 +31,7 @@ def core(tokenizer: Tokenizer) -> EngineCore:
 
 
 def sequence_of(core: EngineCore, made: Request) -> Sequence:
-    sequence = core._sequence(made, 0)
+    sequence = core._sequence(made, 0, Stops(made.stop_strings))
     sequence.companion = replace(sequence, token_ids=[50, *PROMPT], prompt_len=4)
     return sequence
 
@@ -157,13 +158,13 @@ def test_ends_where_every_token_is_banned(core: EngineCore) -> None:
 
 
 def grown(core: EngineCore, made: Request, ids: list[int]) -> Sequence:
-    sequence = core._sequence(made, 0)
+    sequence = core._sequence(made, 0, Stops(made.stop_strings))
     grow(made, sequence, Branch(sequence, tokens_of(ids)))
     return sequence
 
 
 def settled_of(core: EngineCore, made: Request) -> Settled:
-    return Settled(core._sequence(made, 0).stream, made.params.min_tokens)
+    return Settled(core._sequence(made, 0, Stops(made.stop_strings)).stream, made.params.min_tokens)
 
 
 def test_what_all_have_in_common_leaves_once(core: EngineCore) -> None:

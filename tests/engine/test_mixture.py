@@ -16,11 +16,12 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import GenerationFailed, InvalidRequest
 from engine.load import load_engine
+from engine.messages import Request, TraceWish
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.strategies import choose
 from engine.strategies.base import Branch, Strategy, View
-from engine.types import Request, Sequence, TraceWish
+from engine.types import Sequence
 from tests.support import tiny
 from tests.support.engines import Results, assert_all_free, collect, record_plans, run
 from tests.support.invariants import check

@@ -246,3 +246,42 @@ def test_what_is_asked_for_goes_before_a_default_that_excludes_it(name: str, oth
 def test_every_field_is_described() -> None:
     for name, field in SamplingParams.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(" * 490 + "a" + ")" * 490, "nested too deeply"),
+        ("(?:" * 18 + "a" + "+)" * 18, "compiling it takes over"),
+        ("(", "no regular expression"),
+    ],
+    ids=["deep", "slow", "wrong"],
+)
+def test_a_pattern_that_cannot_be_compiled_is_refused_by_name(pattern: str, reason: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        SamplingParams(cot_branches=2, cot_pattern=pattern)
+    (problem,) = raised.value.errors()
+    assert problem["ctx"]["param"] == "cot_pattern"
+    assert reason in problem["msg"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("dola_layers", [1, 3, 1], "no layer twice, but 1 is"),
+        ("dola_layers", list(range(1025)), "at most 1024"),
+        ("stop", ["x" * 1025], "at most 1024"),
+    ],
+)
+def test_lists_hold_no_more_than_can_matter(field: str, value: Any, shown: str) -> None:
+    with pytest.raises(ValidationError, match=shown):
+        SamplingParams.model_validate({field: value})
+
+
+def test_token_ids_may_be_integral_numbers_and_nothing_else() -> None:
+    params = SamplingParams.model_validate({"stop_token_ids": [1.0, 2], "allowed_token_ids": [3]})
+    assert (params.stop_token_ids, params.allowed_token_ids) == ([1, 2], [3])
+    for wrong in (1.5, True, "1", None, [1]):
+        with pytest.raises(ValidationError) as raised:
+            SamplingParams.model_validate({"stop_token_ids": [0, wrong]})
+        assert raised.value.errors()[0]["loc"] == ("stop_token_ids", 1)

@@ -1,15 +1,17 @@
 """Every default is resolved, and everything that cannot be run is refused by name."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.params import SamplingParams
-from engine.prepare import ModelInfo, Output, prepare
+from engine.messages import Request, TraceWish
+from engine.params import MAX_WAITING_TOKENS, SamplingParams
+from engine.prepare import MAX_BAD_WORD_TOKENS, ModelInfo, Output, prepare
 from engine.rng import derive
 from engine.tokenizer import Tokenizer
-from engine.types import Request
 
 INFO = ModelInfo(
     vocab_size=100,
@@ -163,24 +165,84 @@ def test_more_sequences_than_lanes_are_refused(
     assert "got 5" in str(raised.value)
 
 
-def test_a_group_must_fit_into_the_cache_without_sharing(tokenizer: Tokenizer) -> None:
-    # 24 blocks for 4 sequences: 6 blocks, or 24 tokens, each.
-    assert prepared(tokenizer, n=4, max_tokens=14).max_tokens == 14
+CAPACITY: list[tuple[int, dict[str, Any], int, str]] = [
+    # 24 blocks of 4 tokens; a prompt of 10 fills 2, so 4 sequences can have 5 more each: 28 tokens.
+    (10, {"n": 4}, 18, "n"),
+    (10, {"n": 1, "best_of": 4}, 18, "best_of"),
+    (10, {"use_beam_search": True, "beam_width": 4}, 18, "beam_width"),
+    # A prompt of 40 fills 10: of the other 14, each of 4 gets 3.
+    (40, {"n": 4}, 12, "n"),
+    # A companion has a prompt of its own, 3 tokens long.
+    (10, {"n": 2, "guidance_scale": 2.0, "negative_prompt": [5, 6, 7]}, 18, "n"),
+]
+
+
+@pytest.mark.parametrize(("prompt_len", "params", "most", "param"), CAPACITY)
+def test_a_group_must_fit_into_the_cache_sharing_its_prompt_alone(
+    tokenizer: Tokenizer, prompt_len: int, params: dict[str, Any], most: int, param: str
+) -> None:
+    assert prepared(tokenizer, prompt_len, **params, max_tokens=most).max_tokens == most
+    assert prepared(tokenizer, prompt_len, **params).max_tokens == most
     with pytest.raises(InvalidRequest) as raised:
-        prepared(tokenizer, n=4, max_tokens=15)
-    assert raised.value.param == "max_tokens"
-    assert "4 x 25 tokens need 28 blocks" in str(raised.value)
+        prepared(tokenizer, prompt_len, **params, max_tokens=most + 1)
+    assert (raised.value.param, raised.value.code) == (param, "invalid_value")
+    assert f"x {most + 1} tokens behind a prompt of {prompt_len}" in str(raised.value)
     assert "has 24" in str(raised.value)
 
 
-def test_without_max_tokens_a_group_gets_what_fits(tokenizer: Tokenizer) -> None:
-    assert prepared(tokenizer, n=4).max_tokens == 14
+def test_what_does_not_fit_alone_is_not_the_fault_of_the_others(tokenizer: Tokenizer) -> None:
+    small = replace(INFO, num_blocks=8)
+    for prompt_len, param in ((10, "max_tokens"), (33, "prompt")):
+        for n in (1, 3):
+            with pytest.raises(InvalidRequest) as raised:
+                prepared(tokenizer, prompt_len, info=small, n=n, max_tokens=30)
+            assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("params", "rows"),
+    [
+        ({}, 1),
+        ({"guidance_scale": 2.0}, 2),
+        ({"dola_layers": [0, 1, 2]}, 4),
+    ],
+)
+def test_a_step_has_only_so_many_rows_of_logits(
+    tokenizer: Tokenizer, params: dict[str, Any], rows: int
+) -> None:
+    info = replace(INFO, num_lanes=64, batch_tokens=32, num_layers=4, num_blocks=1000)
+    most = 32 // rows
+    prepared(tokenizer, info=info, n=most, max_tokens=1, **params)
     with pytest.raises(InvalidRequest) as raised:
-        prepared(tokenizer, 24, n=4)
-    assert raised.value.param == "prompt"
+        prepared(tokenizer, info=info, n=most + 1, max_tokens=1, **params)
+    assert raised.value.param == "n"
+    assert f"at most {most}" in str(raised.value)
+
+
+def test_a_trace_counts_as_rows_too(tokenizer: Tokenizer) -> None:
+    info = replace(INFO, num_lanes=64, batch_tokens=32, num_layers=4, num_blocks=1000)
+    for layers, most in (((), 6), ((0, 1, 4), 4)):
+        output = Output(trace=TraceWish(5, layers))
+
+        def ask(n: int, output: Output = output) -> Request:
+            params = SamplingParams(n=n, max_tokens=1)
+            return prepare([5], params, output, info, tokenizer, request_id="r")
+
+        ask(most)
+        with pytest.raises(InvalidRequest, match=f"n must be at most {most}"):
+            ask(most + 1)
 
 
 # -- what is resolved
+
+
+def test_no_more_hypotheses_wait_than_there_is_memory_for(tokenizer: Tokenizer) -> None:
+    search = {"use_beam_search": True, "beam_width": 4, "beam_strategy": "best_first"}
+    most = MAX_WAITING_TOKENS // 8
+    prepared(tokenizer, max_tokens=8, beam_memory=most, **search)
+    with pytest.raises(InvalidRequest, match=f"at most {most}, .* 8 tokens .*{most + 1}") as caught:
+        prepared(tokenizer, max_tokens=8, beam_memory=most + 1, **search)
+    assert caught.value.param == "beam_memory"
 
 
 def test_special_tokens_named_as_stop_strings_become_stop_tokens(tokenizer: Tokenizer) -> None:
@@ -227,7 +289,7 @@ def ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 def test_bad_words_become_tokens(tokenizer: Tokenizer) -> None:
     # "the" is two tokens and never one with a space, so its spaced form is of other length.
-    one = prepared(tokenizer, bad_words=["x", "the"])
+    one = prepared(tokenizer, info=replace(INFO, vocab_size=128), bad_words=["x", "the"])
     assert one.bad_word_ids == (ids(tokenizer, "x"), ids(tokenizer, "the"))
 
 
@@ -251,6 +313,12 @@ class Spaced:
         parts = text.split(" ")
         pieces = parts[:1] + [" " + part for part in parts[1:]]
         return [words[piece] for piece in pieces if piece]
+
+    def encode_all(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def least_tokens(self, _text: str) -> int:
+        return 0
 
 
 @pytest.mark.parametrize(
@@ -280,3 +348,93 @@ def test_a_bad_word_that_ends_the_text_is_refused(params: dict[str, Any]) -> Non
         prepared(Spaced(), **params)  # type: ignore[arg-type]
     assert raised.value.param == "bad_words[1]"
     assert "ignore_eos" in str(raised.value)
+
+
+def test_words_that_no_output_can_hold_are_left_out(tokenizer: Tokenizer) -> None:
+    """Longer than the output, or of tokens that the model has no row for."""
+    words = ["ab", "abc", "x" * 1000, "the"]  # "th" is token 102
+    one = prepared(tokenizer, bad_words=words, max_tokens=2)
+    assert one.bad_word_ids == (ids(tokenizer, "ab"),)
+
+
+def test_bad_words_are_so_many_tokens_together_at_most(tokenizer: Tokenizer) -> None:
+    info = replace(INFO, context_len=5000, num_blocks=5000)
+    length = MAX_BAD_WORD_TOKENS // 10
+    assert len(ids(tokenizer, "x" * length)) == length
+    prepared(tokenizer, info=info, bad_words=["x" * length] * 10)
+    with pytest.raises(InvalidRequest) as raised:
+        prepared(tokenizer, info=info, bad_words=["x" * length] * 11)
+    assert raised.value.param == "bad_words"
+    assert f"at most {MAX_BAD_WORD_TOKENS} tokens together, got {11 * length}" in str(raised.value)
+
+
+# -- texts whose tokens the model has no rows for
+
+
+NO_ROW = "the"  # of tokens 102 and 39, where the model has 100
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"pause_token": "th", "num_pause_tokens": 2}, "pause_token"),
+        ({"entropix": {"clarify_token": "th"}}, "entropix.clarify_token"),
+        ({"sed": {"eval_prompt": NO_ROW}}, "sed.eval_prompt"),
+        ({"sed": {"eval_prompt": "x", "verdict_tokens": ["th", "n"]}}, "sed.verdict_tokens"),
+        ({"guidance_scale": 2.0, "negative_prompt": NO_ROW}, "negative_prompt"),
+        ({"kl_bandwidth": 1.0, "kl_reference_prompt": NO_ROW}, "kl_reference_prompt"),
+    ],
+)
+def test_a_text_of_tokens_without_rows_is_refused_where_it_is(
+    tokenizer: Tokenizer, params: dict[str, Any], param: str
+) -> None:
+    info = replace(INFO, context_len=4096, num_blocks=4096)
+    with pytest.raises(InvalidRequest) as raised:
+        prepared(tokenizer, info=info, **params)
+    assert (raised.value.param, raised.value.code) == (param, "invalid_token_id")
+
+
+def test_what_the_model_can_never_say_is_left_out(tokenizer: Tokenizer) -> None:
+    tiny = replace(INFO, vocab_size=2)  # "</s>" is token 2
+    one = prepare(
+        [1], SamplingParams(stop=["<s>", "</s>"], dry_multiplier=1.0), Output(), tiny, tokenizer,
+        request_id="r",
+    )  # fmt: skip
+    assert one.stop_tokens == {1: "<s>"}
+    assert one.stop_strings == ("<s>", "</s>")  # as text it may come all the same
+    assert one.dry_breaker_ids == ()
+
+
+# -- texts that cannot fit
+
+
+class Bytes(Spaced):
+    """A token for each character; nothing may be encoded that is longer than the context."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:  # noqa: ARG002
+        assert len(text) <= INFO.context_len
+        return [ord(character) % 100 for character in text]
+
+    def least_tokens(self, text: str) -> int:
+        return len(text)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"pause_token": "LONG", "num_pause_tokens": 1},
+        {"entropix": {"clarify_token": "LONG"}},
+        {"sed": {"eval_prompt": "LONG"}},
+        {"sed": {"eval_prompt": "x", "verdict_tokens": ["LONG", "n"]}},
+        {"guidance_scale": 2.0, "negative_prompt": "LONG"},
+        {"kl_bandwidth": 1.0, "kl_reference_prompt": "LONG"},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_a_text_longer_than_the_context_is_not_even_encoded(params: dict[str, Any]) -> None:
+    given = json.loads(json.dumps(params).replace("LONG", "x" * 100))
+    with pytest.raises(InvalidRequest) as raised:
+        prepared(Bytes(), **given)  # type: ignore[arg-type]
+    assert raised.value.code == "context_length_exceeded"
+    assert "maximum context length is 64" in str(raised.value)
+    assert "100 characters" in str(raised.value)

@@ -16,11 +16,12 @@ from engine.attention.torch_paged import LayerCache, Span
 from engine.attention.weights import attention_scores
 from engine.core import EngineCore
 from engine.kernels import native
+from engine.messages import TokenTrace, TraceWish
 from engine.models.base import ForwardInput, Probe
 from engine.probing import Probed, attention_signals
 from engine.runner import Runner
 from engine.text import Detokenizer, TextStream
-from engine.types import Sequence, TokenTrace, TraceWish
+from engine.types import Sequence
 from tests.support import tiny
 from tests.support.engines import request, run, tiny_core
 

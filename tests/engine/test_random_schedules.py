@@ -8,10 +8,10 @@ import pytest
 
 import engine.core
 from engine.core import EngineCore
+from engine.messages import Request
 from engine.strategies import choose
 from engine.strategies.base import Strategy
 from engine.tokenizer import Tokenizer
-from engine.types import Request
 from tests.support.engines import (
     Results,
     assert_all_free,

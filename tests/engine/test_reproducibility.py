@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from engine.core import EngineCore
+from engine.messages import Delta, Request
 from engine.prepare import ModelInfo
-from engine.types import Delta, Request
 from tests.support import tiny
 from tests.support.engines import Results, assert_all_free, record_plans, request, run, tiny_core
 
@@ -111,7 +111,7 @@ def crowd(model: Model, core: EngineCore) -> Results:
 
 def starved(model: Model) -> Results:
     """Twelve requests, and a cache for three or four of them."""
-    core, _ = model.load(num_tokens=160, max_model_len=128)
+    core, _ = model.load(num_tokens=144, max_model_len=128)
     names = [*NAMES, *(f"plain.{index}" for index in range(1, 6))]
     results = run(core, *(model.request(core, name) for name in names))
     assert core.scheduler.num_preemptions > 3

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from engine.attention.torch_paged import Span
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
 from engine.machine import Room
+from engine.memory import Backing
 from engine.models.base import KVShape
 from engine.runner import CacheSize, Runner, choose_device, count_blocks, free_memory
 from engine.strategies.sampling import Sampling
@@ -75,7 +77,7 @@ def test_a_prompt_is_read_at_its_end_unless_its_request_wants_more(tokenizer: To
 def num_resident(tensor: torch.Tensor) -> int:
     """How many of the pages that lie within a tensor are in memory."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = tensor.nbytes // mmap.PAGESIZE * mmap.PAGESIZE - mmap.PAGESIZE
+    length = max(tensor.nbytes // mmap.PAGESIZE - 1, 0) * mmap.PAGESIZE
     pages = (ctypes.c_ubyte * (length // mmap.PAGESIZE))()
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), pages) == 0
     return sum(page & 1 for page in pages)
@@ -92,6 +94,33 @@ def test_the_caches_memory_is_there_before_it_is_needed_and_as_it_was(tokenizer:
         assert num_resident(tensor) == tensor.nbytes // mmap.PAGESIZE - 1
     assert torch.equal(keys[:8], written)
     assert not keys[8:].any()
+
+
+def test_a_busy_engine_stays_ahead_of_what_is_used() -> None:
+    """By 4 MiB of each tensor, a part a step; after a step of many tokens by as much as it used."""
+    part, page = 4 << 20, mmap.PAGESIZE
+    tensors = [torch.from_numpy(np.zeros(16 * part, dtype=np.uint8)) for _ in range(3)]
+    backing = Backing(tensors)
+
+    def are_backed(count: int) -> bool:
+        """Are the first `count` parts of all tensors there, and those behind the next not?"""
+        begun = [num_resident(tensor[: count * part]) for tensor in tensors]
+        behind = [num_resident(tensor[(count + 1) * part :]) for tensor in tensors]
+        return min(begun) >= count * part // page - 2 and max(behind) <= 2 * (2 << 20) // page
+
+    assert are_backed(0)
+    for _ in range(12):
+        backing.keep_ahead(0.5 / 16)  # half of the first part is in use
+    assert are_backed(2)
+    backing.keep_ahead(6.5 / 16)
+    for _ in range(12):
+        backing.keep_ahead(6.5 / 16)
+    assert are_backed(8)
+    while backing.more():
+        pass
+    assert are_backed(16)
+    backing.keep_ahead(1.0)
+    assert backing.nbytes == 3 * 16 * part
 
 
 def test_keys_are_written_where_the_block_table_says(tokenizer: Tokenizer) -> None:

@@ -14,12 +14,12 @@ from engine.errors import GenerationFailed
 from engine.logits import STAGES
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline
+from engine.messages import FinishReason
 from engine.numerics import BLOCK, NEG_INF
 from engine.rng import Domain, derive, gumbel, uniform
 from engine.sampler import NO_VALID_TOKEN, NOT_A_NUMBER, Sampler, Samples, draw_dense
 from engine.sampler import draw as draw_candidates
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason
 from tests.support.engines import request, run, scripted_core
 from tests.support.logits import (
     ROW_A,

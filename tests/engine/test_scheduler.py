@@ -1,5 +1,6 @@
 """What each step computes, who waits, who gives way, and what the prefix cache saves."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import engine.core
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.messages import Token, TraceWish
+from engine.scheduler import shares
 from engine.strategies.base import Branch, Plain, Strategy, View
 from engine.tokenizer import Tokenizer
-from engine.types import Group, Plan, Sequence, Token
+from engine.types import Group, Plan, Sequence
 from tests.support.engines import (
     EOS,
     Results,
@@ -94,8 +97,9 @@ def test_what_is_left_of_the_budget_goes_to_those_waiting_in_order(tokenizer: To
         submit(core, 6, name, first=30 * index)
     plans = record_plans(core)
     step(core, 2)
-    assert lengths(plans[0]) == [("a", 6), ("b", 4)]
-    assert lengths(plans[1]) == [("a", 1), ("b", 2), ("c", 6)]
+    # Each moves on, the first as far as it needs.
+    assert lengths(plans[0]) == [("a", 6), ("b", 3), ("c", 1)]
+    assert lengths(plans[1]) == [("a", 1), ("b", 3), ("c", 5)]
 
 
 # -- the queue
@@ -117,6 +121,21 @@ def test_prompts_take_only_so_much_of_a_step_beside_running_streams(
     step(core, len(parts))
     assert [dict(lengths(plan))["long"] for plan in plans] == parts
     assert all(len(plan.chunks) == streams + 1 for plan in plans)
+
+
+def test_prompt_tokens_deep_in_their_context_are_fewer_beside_running_streams(
+    tokenizer: Tokenizer,
+) -> None:
+    """Attention makes them dearer: at three times the depth at which they cost double, half."""
+    core = core_of(tokenizer, num_blocks=128)
+    core.scheduler.deep = 32
+    submit(core, 4, "stream", max_tokens=60)
+    step(core, 2)
+    plans = record_plans(core)
+    submit(core, 140, "long", first=50)
+    step(core, 12)
+    parts = [dict(lengths(plan))["long"] for plan in plans]
+    assert parts == [16, 16, 16, 12, 11, 9, 9, 8, 7, 7, 7, 6]
 
 
 def test_only_on_cpu_there_is_such_a_limit_by_default() -> None:
@@ -182,6 +201,158 @@ def test_an_aborted_request_holds_nothing_wherever_it_was(tokenizer: Tokenizer) 
     step(core, 3)
     core.abort("decoding")
     assert_all_free(core)
+
+
+# -- prompts beside one another
+
+
+@pytest.mark.parametrize(
+    ("needs", "budget", "want"),
+    [
+        ([], 16, []),
+        ([100], 16, [16]),
+        ([5], 16, [5]),
+        # The oldest gets half, the others a token each, the shortest what is left.
+        ([2000, 12], 16, [8, 8]),
+        ([2000, 4], 16, [12, 4]),
+        ([2000, 30, 12], 16, [8, 1, 7]),
+        ([12, 2000], 16, [12, 4]),
+        ([100, 100, 100], 64, [62, 1, 1]),
+        # Where there are too many for that, the shortest go on, and the oldest.
+        ([2000, *[30] * 20], 16, [8, 8, *[0] * 19]),
+        ([3, 3, 3], 512, [3, 3, 3]),
+        ([50, 20], 1, [1, 0]),
+    ],
+)
+def test_a_steps_prompt_tokens_are_shared_so_that_nobody_waits_for_long(
+    needs: list[int], budget: int, want: list[int]
+) -> None:
+    assert shares(needs, budget) == want
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=200, max_num_seqs=8)
+    submit(core, 4, "stream", max_tokens=60)
+    step(core)
+    submit(core, 160, "long", first=50)
+    step(core)
+    short = submit(core, 12, "short", first=20)
+    results = step(core, 2)
+    assert short.first_token_s  # 8 tokens of 16, and then the other 4
+    assert not any(delta.request_id == "long" for delta in results.deltas)
+    plans = record_plans(core)
+    results = drain(core)
+    assert list(results.finished) == ["short", "long", "stream"]
+    # The long one has never stopped.
+    assert all("long" in dict(lengths(plan)) for plan in plans[:5])
+
+
+def test_a_long_prompt_is_computed_however_many_short_ones_come(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=200, max_num_seqs=8, max_batch_tokens=16)
+    submit(core, 160, "long", first=50, max_tokens=1)
+    results = Results()
+    for number in range(40):
+        submit(core, 12, f"short {number}", first=number, max_tokens=1)
+        collect(results, core.step()[0])
+        check(core)
+    assert "long" in results.finished
+    assert len(results.finished) > 10
+
+
+def test_prompts_of_better_priority_go_first(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=200, max_num_seqs=8, max_batch_tokens=8)
+    submit(core, 40, "later", first=10, priority=5)
+    step(core)
+    submit(core, 40, "urgent", first=50, priority=-5)
+    plans = record_plans(core)
+    step(core, 5)
+    assert [lengths(plan) for plan in plans] == [[("urgent", 8)]] * 5
+
+
+def test_whoever_is_planned_already_gives_way_to_what_is_more_urgent(tokenizer: Tokenizer) -> None:
+    """A long prompt of better priority does not preempt itself for streams of worse."""
+    core = core_of(tokenizer, num_blocks=20, max_num_seqs=8)
+    for name, first in (("a", 3), ("b", 40)):
+        submit(core, 8, name, first=first, max_tokens=24, priority=5)
+    step(core, 8)
+    urgent = submit(core, 44, "urgent", first=70, max_tokens=20, priority=-10)
+    results = Results()
+    order: list[str] = []
+    for _ in range(200):
+        if not core.has_work:
+            break
+        collect(results, core.step()[0])
+        check(core)
+        order += [name for name in results.finished if name not in order]
+    assert urgent.num_preemptions == 0
+    assert order[0] == "urgent"
+    assert set(order) == {"a", "b", "urgent"}
+    assert any(results.finished[name].num_preemptions for name in "ab")
+    for name, first in (("a", 3), ("b", 40)):
+        alone = core_of(tokenizer)
+        submit(alone, 8, name, first=first, max_tokens=24)
+        assert results.merge().ids(name) == drain(alone).ids(name)
+
+
+def test_a_prompt_is_admitted_only_beside_what_the_others_will_need(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=20, max_num_seqs=8, max_batch_tokens=8)
+    submit(core, 40, "first", first=3, max_tokens=4)
+    submit(core, 40, "second", first=50, max_tokens=4)
+    submit(core, 40, "third", first=20, max_tokens=4)
+    step(core)
+    # Ten blocks each, of which the first has taken two by now.
+    assert len(core.scheduler.running) == 2
+    results = drain(core)
+    assert results.finished["first"].num_preemptions == 0
+    assert len(results.finished) == 3
+
+
+def test_choices_come_back_from_a_preemption_sharing_their_prompt(tokenizer: Tokenizer) -> None:
+    """So they need no more memory than what they were admitted with, whatever the cache has."""
+    for prefix_cache in (False, True):
+        core = core_of(tokenizer, num_blocks=6 + 3 * 3, prefix_cache=prefix_cache)
+        group = submit(core, 26, n=3, temperature=1.0, seed=5, max_tokens=8)
+        step(core, 4)
+        before = [sequence.output.copy() for sequence in group.live]
+        core.scheduler._preempt(group)
+        # What the cache had is gone.
+        pool = core.scheduler.pool
+        pool.release(pool.take(pool.num_free))
+        plans = record_plans(core)
+        results = step(core, 3)
+        assert plans[0].num_tokens >= 26
+        assert not results.failed
+        tables = [sequence.block_table for sequence in group.live]
+        assert len({tuple(table[:6]) for table in tables}) == 1
+        assert [
+            one.output[: len(old)] for one, old in zip(group.live, before, strict=True)
+        ] == before
+        results = drain(core)
+        other = core_of(tokenizer)
+        submit(other, 26, n=3, temperature=1.0, seed=5, max_tokens=8)
+        want = drain(other)
+        # (What left before the preemption is not among what was collected since.)
+        for index in range(3):
+            assert results.choices["r", index].text == want.choices["r", index].text
+        assert_all_free(core)
+
+
+def test_scoring_and_explaining_are_spread_over_steps(tokenizer: Tokenizer) -> None:
+    core = core_of(tokenizer, num_blocks=200, max_num_seqs=8, max_batch_tokens=32)
+    scored = request(core, prompt(64), "scored", prompt_logprobs=1, max_tokens=1)
+    plans = record_plans(core)
+    results = run(core, scored)
+    assert [plan.num_tokens for plan in plans] == [16] * 4
+    assert len(results.choices["scored", 0].prompt) == 64
+
+    ids = prompt(40)
+    options: dict[str, Any] = {"trace": TraceWish(3), "forced_len": 39, "max_tokens": 0}
+    explained = request(core, ids, "e", explained=tuple(range(1, 41)), **options)
+    plans = record_plans(core)
+    results = run(core, explained)
+    assert [position for position, _ in results.choices["e", 0].explained] == list(range(1, 41))
+    # Each costs a token and four rows of logits.
+    assert [plan.num_tokens for plan in plans] == [6] * 6 + [4]
 
 
 # -- preemption
@@ -250,7 +421,10 @@ def test_the_sequences_of_a_group_reach_their_ends_in_the_same_step(tokenizer: T
         if generated != before:
             break
     assert generated == [count + 1 for count in before]
-    assert len(plans) > 5
+    # First the prompt once for all, then what is behind it of each.
+    assert [len(plan.chunks) for plan in plans[:2]] == [1, 1]
+    assert sum(plan.num_tokens for plan in plans[:2]) == 6
+    assert len(plans) > 3
     assert len(plans[-1].chunks) == 3
     drain(core)
     assert_all_free(core)
@@ -533,14 +707,37 @@ def test_under_pressure_the_end_of_an_old_prompt_goes_before_its_beginning(
 def test_a_request_beside_another_with_the_same_prompt_takes_what_is_there(
     tokenizer: Tokenizer,
 ) -> None:
+    """Also what is there only once it has been admitted."""
     core = core_of(tokenizer, max_num_seqs=4, max_batch_tokens=8)
     submit(core, 16, "first")
     step(core)
     submit(core, 16, "second")
-    step(core, 2)
+    plans = record_plans(core)
+    step(core)
+    # The first one's 8 are there; of the others each computes some.
+    assert lengths(plans[0]) == [("first", 7), ("second", 1)]
     results = drain(core)
-    assert results.finished["second"].cached_tokens == 12
+    assert results.finished["second"].cached_tokens == 8 + 3
     assert len(results.ids("second")) == 8
+
+
+def test_prompts_that_begin_alike_are_not_computed_twice(tokenizer: Tokenizer) -> None:
+    """Whoever comes later waits for what the first one computes, and goes on from there."""
+    core = core_of(tokenizer, max_num_seqs=8, max_batch_tokens=32)
+    shared = prompt(120)
+    for name, last in zip("abc", (20, 21, 22), strict=True):
+        core.submit(request(core, [*shared, last, last + 3], name, max_tokens=2))
+    other = submit(core, 5, "other", first=60, max_tokens=2)
+    plans = record_plans(core)
+    results = drain(core)
+    assert sum(plan.num_tokens for plan in plans) < 120 + 3 * 4 + 64 + 5 + 8
+    assert results.finished["a"].cached_tokens == 0
+    assert all(results.finished[name].cached_tokens >= 120 - 64 for name in "bc")
+    assert other.first_token_s <= min(results.finished[name].first_token_s for name in "abc")
+    for name, last in zip("abc", (20, 21, 22), strict=True):
+        alone = core_of(tokenizer)
+        want = run(alone, request(alone, [*shared, last, last + 3], name, max_tokens=2))
+        assert results.ids(name) == want.ids(name)
 
 
 def test_every_row_without_a_valid_token_frees_its_place(tokenizer: Tokenizer) -> None:
@@ -548,3 +745,26 @@ def test_every_row_without_a_valid_token_frees_its_place(tokenizer: Tokenizer) -
     results = run(nothing, request(nothing, prompt(5), n=2))
     assert [results.choices["r", index].stop_reason for index in range(2)] == ["no_valid_token"] * 2
     assert_all_free(nothing)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_storms_of_preemptions_of_many_priorities_keep_every_account(
+    tokenizer: Tokenizer, seed: int
+) -> None:
+    """Also of those that give way in the step in which they would have been planned."""
+    rng = random.Random(seed)
+    core = core_of(tokenizer, num_blocks=20, max_num_seqs=8, max_batch_tokens=12)
+    results, submitted = Results(), 0
+    for _ in range(600):
+        if submitted < 24 and rng.random() < 0.5:
+            size, first = rng.choice([16, 24]), rng.randrange(90)
+            options = {"max_tokens": rng.randint(1, 24), "n": rng.choice([1, 1, 2])}
+            submit(core, size, str(submitted), first, priority=rng.randint(-2, 2), **options)
+            submitted += 1
+        if core.has_work:
+            collect(results, core.step()[0])
+            check(core)
+    assert not core.has_work
+    assert len(results.finished) == 24
+    assert sum(one.num_preemptions for one in results.finished.values()) > 3
+    assert_all_free(core)

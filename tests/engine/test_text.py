@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from engine.text import Detokenizer, TextStream
+from engine.messages import Token
+from engine.text import Detokenizer, Stops, TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import Token
 
 ALPHABET = ["a", "b", "c", " ", "é", "€", "😀", "👩‍🚀"]
 SPECIAL = 0
@@ -89,7 +89,7 @@ def test_what_has_left_is_always_all_that_may(seed: int) -> None:
         tokenizer, ids = cut(rng, data)
         stops = some_stops(rng, data.decode(errors="replace"))
         keep = rng.random() < 0.5
-        stream = TextStream(tokenizer.detokenizer(), stops, keep)
+        stream = TextStream(tokenizer.detokenizer(), Stops(stops), keep)
         out, tokens = "", list[Token]()
         for count, token_id in enumerate(ids, start=1):
             stop = stream.push(Token(token_id, ""))
@@ -140,7 +140,7 @@ def test_a_fork_goes_its_own_way(seed: int) -> None:
         tokenizer, ids = cut(rng, data)
         stops = some_stops(rng, data.decode())
         at = rng.randrange(len(ids))
-        stream = TextStream(tokenizer.detokenizer(), stops)
+        stream = TextStream(tokenizer.detokenizer(), Stops(stops))
         taken = ""
         for token_id in ids[:at]:
             if stream.push(Token(token_id, "")) is not None:
@@ -163,7 +163,7 @@ def finish(stream: TextStream, ids: list[int]) -> str:
 
 
 def alone(tokenizer: Pieces, stops: tuple[str, ...], ids: list[int]) -> str:
-    return finish(TextStream(tokenizer.detokenizer(), stops), ids)
+    return finish(TextStream(tokenizer.detokenizer(), Stops(stops)), ids)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -210,13 +210,13 @@ def test_bytes_that_stay_unfinished_are_shown_at_the_end() -> None:
 
 def test_a_token_waits_for_the_last_of_its_characters() -> None:
     tokenizer = Pieces([b"", b"one s", b"tep", b"top"])
-    stream = TextStream(tokenizer.detokenizer(), ("stop",))
+    stream = TextStream(tokenizer.detokenizer(), Stops(("stop",)))
     stream.push(Token(1, "", -0.5))
     assert stream.take() == ("one ", ())
     stream.push(Token(2, "", -0.25))
     assert stream.take() == ("step", (Token(1, "one s", -0.5), Token(2, "tep", -0.25)))
 
-    stopped = TextStream(tokenizer.detokenizer(), ("stop",))
+    stopped = TextStream(tokenizer.detokenizer(), Stops(("stop",)))
     stopped.push(Token(1, ""))
     assert stopped.push(Token(3, "")) == "stop"
     text, tokens = stopped.take(final=True)
@@ -226,7 +226,7 @@ def test_a_token_waits_for_the_last_of_its_characters() -> None:
 def test_special_tokens_show_themselves_in_logprobs_and_not_in_the_text() -> None:
     tokenizer = Pieces([b"", b"a", b"b"])
     for skip, text in ((True, "ab"), (False, "a<end>b")):
-        stream = TextStream(tokenizer.detokenizer(skip), ("e<e",))
+        stream = TextStream(tokenizer.detokenizer(skip), Stops(("e<e",)))
         for token_id in (1, SPECIAL, 2):
             stream.push(Token(token_id, ""))
         out, tokens = stream.take()
@@ -249,7 +249,7 @@ def test_an_unseen_special_token_leaves_a_character_whole() -> None:
 def test_a_token_that_ends_the_sequence_adds_only_what_it_is_told_to() -> None:
     tokenizer = Pieces([b"", b"a", b"s"])
     for shown in ("", "<end>"):
-        stream = TextStream(tokenizer.detokenizer(), ("stop",))
+        stream = TextStream(tokenizer.detokenizer(), Stops(("stop",)))
         stream.push(Token(1, ""))
         stream.push(Token(2, ""))
         assert stream.take()[0] == "a"
@@ -261,7 +261,7 @@ def test_a_token_that_ends_the_sequence_adds_only_what_it_is_told_to() -> None:
 
 def test_text_that_must_not_match_neither_stops_nor_begins_a_stop() -> None:
     tokenizer = Pieces([b"", b"st", b"op", b"stop"])
-    stream = TextStream(tokenizer.detokenizer(), ("stop",))
+    stream = TextStream(tokenizer.detokenizer(), Stops(("stop",)))
     assert stream.push(Token(3, ""), match=False) is None
     assert stream.push(Token(1, ""), match=False) is None
     assert stream.take()[0] == "stopst"

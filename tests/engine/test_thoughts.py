@@ -21,6 +21,7 @@ from engine.core import EngineCore
 from engine.errors import InvalidRequest
 from engine.kernels import native
 from engine.kernels.quantized import GROUP, Groups
+from engine.messages import Request
 from engine.models.base import ForwardInput
 from engine.models.cpu_decoder import CpuDecoder
 from engine.models.decoder import Decoder
@@ -30,7 +31,7 @@ from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.rng import derive
 from engine.runner import Runner
-from engine.types import Group, Request
+from engine.types import Group
 from tests.support import tiny
 from tests.support.company import (
     assert_an_abort_leaves_nothing,
@@ -457,13 +458,13 @@ def test_what_is_thought_takes_blocks_that_are_reserved_or_refused(
         small = replace(thinker, info=replace(thinker.info, num_blocks=num_blocks))
         return small.ask(n=2, **more)
 
-    # Twice 9 tokens of prompt, 7 behind it and 6 of output.
-    with pytest.raises(InvalidRequest, match="need 12 blocks of this server's cache") as raised:
-        ask(11)
-    assert raised.value.param == "max_tokens"
-    core = thinker.small_engine(12)
-    results = run_checked(core, ask(12))
-    assert_as_transformers(results, thinker, ask(12))
+    # 9 tokens of prompt and 7 behind it fill four blocks, which both share; 6 of output take two.
+    with pytest.raises(InvalidRequest, match="need 8 blocks of the cache") as raised:
+        ask(7)
+    assert raised.value.param == "n"
+    core = thinker.small_engine(8)
+    results = run_checked(core, ask(8))
+    assert_as_transformers(results, thinker, ask(8))
     assert core.scheduler.num_preemptions == 0
 
 

@@ -1,6 +1,8 @@
 """What each token is in bytes, for the kinds of tokenizers there are."""
 
 import json
+import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,29 @@ def test_a_begin_token_is_put_first_only_where_the_tokenizer_does(
     assert fallback.encode("a", add_special_tokens=False)[0] != 1
     assert not tokenizer.adds_bos
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_no_encoding_has_fewer_tokens_than_the_least(fallback: Tokenizer) -> None:
+    for text in (*REAL_TEXTS, " " * 500, "the" * 500, "\x06" * 500):
+        assert fallback.least_tokens(text) <= len(fallback.encode(text, add_special_tokens=False))
+    assert fallback.least_tokens("the " * 1000) > 500
+
+
+def test_where_text_can_vanish_no_least_is_known(tokenizer: Tokenizer) -> None:
+    """The tiny tokenizer has no token for most bytes: of a million of them nothing is left."""
+    assert tokenizer.encode("\u0416" * 1000) == []
+    assert tokenizer.least_tokens("\u0416" * 1000) == 0
+
+
+def test_a_tokenizer_pickles(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    for one in (tokenizer, fallback):
+        again = pickle.loads(pickle.dumps(one))
+        for text in TEXTS:
+            ids = one.encode(text)
+            assert again.encode(text) == ids
+            assert [again.bytes_of(i) for i in ids] == [one.bytes_of(i) for i in ids]
+        assert (again.special, again.size, again.bos_id) == (one.special, one.size, one.bos_id)
+        assert again.hf.chat_template == one.hf.chat_template
 
 
 def test_padding_and_truncation_asked_for_in_the_file_are_off(tmp_path: Path) -> None:
@@ -272,6 +297,17 @@ def test_the_bytes_of_real_tokens_are_the_text(real: Tokenizer, text: str) -> No
 
 
 @pytest.mark.slow
+def test_no_encoding_by_the_real_tokenizer_has_fewer_tokens_than_the_least(real: Tokenizer) -> None:
+    rng = random.Random(1)
+    longest = sorted(real.vocabulary, key=len)[-50:]
+    texts = [*REAL_TEXTS, "".join(chr(code) for code in range(128)) * 5, "\x06" * 1000]
+    texts += ["".join(real.text_of(real.vocabulary[token]) for token in longest)]
+    texts += ["".join(chr(rng.randrange(0xD800)) for _ in range(300)) for _ in range(50)]
+    for text in texts:
+        assert real.least_tokens(text) <= len(real.encode(text, add_special_tokens=False))
+    assert real.least_tokens("word " * 1_000_000) > 50_000
+
+
 def test_every_real_token_has_the_bytes_that_it_adds_to_a_text(real: Tokenizer) -> None:
     anchor = real.encode("x", add_special_tokens=False)[-1]
     before = len(real.decode([anchor]))

@@ -15,10 +15,11 @@ from engine.config import LogprobsMode
 from engine.core import EngineCore
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
+from engine.messages import Probability, StageTrace, TokenTrace, TraceWish
 from engine.rng import derive
 from engine.sampler import Sampler, Samples
 from engine.tokenizer import Tokenizer
-from engine.types import Beside, Probability, StageTrace, TokenTrace, TraceWish
+from engine.types import Beside
 from tests.support import tiny
 from tests.support.engines import (
     Results,

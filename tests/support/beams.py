@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from engine.core import EngineCore
+from engine.messages import Request
 from engine.tokenizer import Tokenizer
-from engine.types import Request
 from tests.support import tiny
 from tests.support.engines import EOS, Results, request, scripted_core
 from tests.support.scripted import ScriptedModel

@@ -9,7 +9,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import GenerationFailed
-from engine.types import Request
+from engine.messages import Request
 from tests.support.engines import Results, assert_all_free, collect, run
 from tests.support.invariants import check
 

@@ -8,10 +8,11 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.load import load_engine
+from engine.messages import Delta, Failed, Finished, Request
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output, prepare
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Failed, Finished, Plan, Request
+from engine.types import Plan
 from server.answers import merge
 from tests.support import tiny
 from tests.support.invariants import check_plan
@@ -70,7 +71,11 @@ def info(core: EngineCore, **changes: Any) -> ModelInfo:
 def request(
     core: EngineCore, prompt_ids: Iterable[int], request_id: str = "r", **options: Any
 ) -> Request:
-    """A prepared request. Options are sampling parameters, fields of `Output`, or of `prepare`."""
+    """A prepared request. Options are sampling parameters, fields of `Output`, or of `prepare`.
+
+    `known` is what the front end knows besides.
+    """
+    known = options.pop("known", {})
     output = {name: options.pop(name) for name in list(options) if name in Output.__annotations__}
     rest = {name: options.pop(name) for name in ("priority", "cache_salt") if name in options}
     given = {"max_tokens": 8, "temperature": 0.0} | options
@@ -78,7 +83,7 @@ def request(
         list(prompt_ids),
         SamplingParams.model_validate(given),
         Output(**output),
-        info(core),
+        info(core, **known),
         core.tokenizer,
         request_id=request_id,
         **rest,

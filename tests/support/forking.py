@@ -2,8 +2,9 @@
 
 from hashlib import blake2b
 
+from engine.messages import Token
 from engine.strategies.base import Branch, Plain, View
-from engine.types import Sequence, Token
+from engine.types import Sequence
 
 
 class Forking(Plain):

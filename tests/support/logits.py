@@ -15,10 +15,11 @@ from engine.lanes import Lanes
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline, dense, run_filters
 from engine.logits.stage import Stage, Transform
+from engine.messages import Request
 from engine.numerics import NEG_INF
 from engine.params import EXCLUDES, NEEDS, SamplingParams
 from engine.sampler import Sampler, kl_divergence
-from engine.types import Beside, Request, Rows, Signals
+from engine.types import Beside, Rows, Signals
 from engine.vocabulary import Vocabulary
 
 ROW_A = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])

@@ -89,6 +89,12 @@ class Words:
         assert not add_special_tokens
         return self.ids[text]
 
+    def encode_all(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def least_tokens(self, _text: str) -> int:
+        return 0
+
 
 def bad_word_ids(*words: str) -> tuple[tuple[int, ...], ...]:
     limits = dict.fromkeys(("vocab_size", "context_len", "num_lanes", "num_blocks"), 100)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.logits.dola import Dola, _distances, early_layers
+from engine.logits.dola import Dola, _distances
 from engine.numerics import NEG_INF
+from engine.prepare import early_layers
 from engine.types import Beside
 from tests.support.logits import (
     Spec,

@@ -13,6 +13,7 @@ from engine.kernels import native
 from engine.lanes import Lanes
 from engine.logits import STAGES, dry
 from engine.logits.dry import Dry
+from engine.logits.matches import Matches
 from engine.types import Rows
 from tests.support.logits import (
     TEXTS,
@@ -316,13 +317,13 @@ def test_a_fork_shares_the_past_and_not_the_future() -> None:
 
 def test_a_lane_is_searched_once_and_then_kept_up(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[int] = []
-    search = Dry._recount
+    search = Matches._recount
 
-    def counting(self: Dry, lane: int, position: int) -> None:
+    def counting(self: Matches, lane: int, position: int) -> None:
         searched.append(lane)
         search(self, lane, position)
 
-    monkeypatch.setattr(Dry, "_recount", counting)
+    monkeypatch.setattr(Matches, "_recount", counting)
     growing = Growing(4)
     params = {"dry_multiplier": 1.0, "dry_allowed_length": 1}
     for lane, given in enumerate((params, params, {}, params)):

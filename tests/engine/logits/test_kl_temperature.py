@@ -10,9 +10,9 @@ from torch import Tensor
 from engine.config import LogprobsMode
 from engine.logits import ORDERS, STAGES
 from engine.logits.pipeline import Pipeline
+from engine.messages import NOT_A_NUMBER
 from engine.numerics import NEG_INF
 from engine.sampler import Sampler, Samples, kl_divergence
-from engine.types import NOT_A_NUMBER
 from tests.support.logits import (
     DIST_P,
     Spec,

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.growth import grow
+from engine.messages import Candidate, FinishReason, Request, Token
 from engine.strategies.base import View
 from engine.strategies.contrastive import Contrastive
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import Candidate, FinishReason, Request, Sequence, Token
+from engine.types import Sequence
 from tests.support import tiny
 from tests.support.beams import ENDS, prompts_of
 from tests.support.company import (

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.core import EngineCore
-from engine.errors import GenerationFailed
+from engine.errors import InvalidRequest
+from engine.messages import Delta, Request
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, Request
 from tests.support import tiny
 from tests.support.beams import ENDS, prompts_of
 from tests.support.company import (
@@ -410,7 +410,10 @@ def test_a_pattern_that_takes_too_long_fails_its_request_alone(tokenizer: Tokeni
     assert run(core, request(core, [START], cot_branches=2, cot_pattern="a+", max_tokens=3)).text()
     other = request(core, [START], "other", max_tokens=60)
     results = run_checked(core, slow, other)
-    assert isinstance(results.failed["slow"].error, GenerationFailed)
+    error = results.failed["slow"].error
+    assert isinstance(error, InvalidRequest)
+    assert error.param == "cot_pattern"
+    assert "takes over 0.03 s" in str(error)
     assert len(results.ids("other")) == 60
     assert not [key for key in results.choices if key[0] == "slow"]
     assert run(core, request(core, [START], cot_branches=2)).finished

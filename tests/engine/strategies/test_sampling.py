@@ -2,13 +2,14 @@
 
 import pytest
 
+from engine.messages import Request, Token
 from engine.params import SamplingParams
 from engine.strategies import choose
 from engine.strategies.base import View
 from engine.strategies.sampling import Sampling
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import Request, Sequence, Token
+from engine.types import Sequence
 
 
 def sequence(tokenizer: Tokenizer, index: int, logprobs: list[float]) -> Sequence:

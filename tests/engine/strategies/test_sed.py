@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvalidRequest
+from engine.messages import Request
 from engine.params import SedParams
 from engine.tokenizer import Tokenizer
-from engine.types import Request
 from tests.support import tiny
 from tests.support.beams import ENDS, prompts_of
 from tests.support.company import (
@@ -413,8 +413,8 @@ def test_the_question_must_fit_behind_the_longest_try(tokenizer: Tokenizer) -> N
     sed = {"eval_prompt": question, "verdict_tokens": ["y", "n"], "delta_r": 0.0}
     with pytest.raises(InvalidRequest, match="maximum context length is 32"):
         request(core, [5] * 4, sed=sed, max_tokens=19)
-    # Two tries of five blocks each.
-    with pytest.raises(InvalidRequest, match="need 10 blocks"):
+    # Two tries of five blocks each, the first of which they share.
+    with pytest.raises(InvalidRequest, match="need 9 blocks"):
         request(core, [5] * 4, sed=sed, max_tokens=5)
     results = run_checked(core, request(core, [5] * 4, sed=sed, max_tokens=2, ignore_eos=True))
     assert len(results.choices["r", 0].report["sed"]) == 2

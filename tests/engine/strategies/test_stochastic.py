@@ -14,11 +14,12 @@ import torch
 
 from engine.core import EngineCore
 from engine.growth import ends, grow
+from engine.messages import Candidate, Token
 from engine.strategies.base import View
 from engine.strategies.stochastic import StochasticBeams, _conditioned
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import Candidate, Sequence, Token
+from engine.types import Sequence
 from tests.support import tiny
 from tests.support.beams import ENDS, START, TOY, E, beams, hypotheses, prompts_of, toy_core
 from tests.support.engines import Results, assert_all_free, run, tiny_core
