@@ -97,6 +97,11 @@ def _load_engine(
     models = [model]
     if amateur is not None:
         models.append(_load_amateur(config, amateur, tokenizer, dtype, device))
+        if models[1].vocab_size < min(model.vocab_size, tokenizer.size):
+            raise ModelUnavailable(
+                f"--amateur-model {amateur[0]} has logits for {models[1].vocab_size} tokens, and "
+                f"the model for {model.vocab_size}"
+            )
     context_len = config.max_model_len or model.context_len
     if context_len > model.context_len:
         raise ModelUnavailable(
@@ -120,7 +125,11 @@ def _load_engine(
         num_lanes=config.max_num_seqs,
         num_blocks=cache.num_blocks,
         block_size=config.block_size,
-        eos_token_ids=_eos_token_ids(hf_config, generation, tokenizer),
+        eos_token_ids=frozenset(
+            token_id
+            for token_id in _eos_token_ids(hf_config, generation, tokenizer)
+            if token_id < core.vocab_size  # one without a row of logits is never generated
+        ),
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         model_type=hf_config.model_type,
