@@ -21,6 +21,16 @@ def parse_size(value: object) -> object:
     return int(float(number) * base ** " KMGT".index(unit.upper() or " "))
 
 
+def shown_size(num_bytes: int) -> str:
+    """1610612736 as "1.5 GiB"."""
+    size, unit = float(num_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 
@@ -74,7 +84,10 @@ class EngineConfig(BaseModel):
         "(`cd_amateur`)",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads for tensor operations; default: all cores"
+        default=None,
+        ge=1,
+        description="CPU threads for tensor operations; default: as many as the process may keep "
+        "busy, by its affinity and the quotas of its cgroups",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -28,6 +28,7 @@ from engine.messages import (
     Finished,
     FinishReason,
     LayerTrace,
+    Listed,
     Probability,
     Request,
     StepStats,
@@ -48,6 +49,9 @@ from engine.vocabulary import Vocabulary
 
 _MOST_BYTES = 64 << 20  # of float32 logits projected at once for prompt logprobs and traces
 _MOST_ROWS = 256
+# After so many tokens for each hidden unit, attention to them takes as long as a layer's products:
+# of a layer of 12 H² weights 24 H² operations a token, of attention to c tokens 4 H c.
+_DEEP = 6
 _USUAL_BYTES = 64 << 20  # by which what steps and answers take goes up and down
 
 Message = Delta | Finished | Failed
@@ -98,6 +102,7 @@ class EngineCore:
             budget=config.batch_tokens(device),
             prefix_cache=config.prefix_cache,
             prefill_ratio=config.prompt_tokens_beside(device),
+            deep=_DEEP * model.hidden_size,
         )
 
     # -- requests
@@ -126,6 +131,8 @@ class EngineCore:
         Last, memory that unusual requests have taken is given back.
         """
         if any(runner.back_cache() for runner in self.runners):
+            return True
+        if self.lanes.vocabulary.load():
             return True
         if resident_bytes() > self._settled_bytes + _USUAL_BYTES:
             give_back()
@@ -356,7 +363,7 @@ class EngineCore:
             for row, wish in wishes.items()
         }
 
-    def _through_lens(self, states: Tensor, top: int) -> Iterator[tuple[Probability, ...]]:
+    def _through_lens(self, states: Tensor, top: int) -> Iterator[Listed[Probability]]:
         """The likeliest tokens of states of layers [n, H], some at a time."""
         for some in states.split(self._rows_at_once):
             logits = self.model.logits(self.model.final_norm(some))[:, : self.vocab_size]

@@ -5,12 +5,16 @@ of the time of a frozen dataclass to make. Nothing here needs torch: a process t
 requests does not load it.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 from engine.params import SamplingParams
+
+Pair = TypeVar("Pair")
 
 NO_VALID_TOKEN = -1  # instead of a token id: every token was banned
 NOT_A_NUMBER = -2  # the model's row held a NaN
@@ -108,12 +112,56 @@ class Request:
 # -- messages from the engine
 
 
-@dataclass(frozen=True, slots=True)
-class Probability:
+class Probability(NamedTuple):
     """A token and its probability."""
 
     token_id: int
     prob: float
+
+
+class Listed(Seq[Pair]):
+    """Tokens and a number each, likeliest first, in a twentieth of the memory of their tuples.
+
+    There may be millions of them in the answers that wait to be sent.
+    """
+
+    __slots__ = ("_ids", "_make", "_values")
+
+    def __init__(self, make: Callable[[int, float], Pair], ids: bytes, values: bytes) -> None:
+        """`ids` are int32; `values` float32, or float64 if there are twice as many bytes."""
+        self._make = make
+        self._ids = array("i", ids)
+        self._values = array("d" if len(values) > len(ids) else "f", values)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self._make, self._ids, self._values)
+
+    @overload
+    def __getitem__(self, place: int) -> Pair: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Listed[Pair]": ...
+    def __getitem__(self, place: int | slice) -> "Pair | Listed[Pair]":
+        if isinstance(place, slice):
+            some = self._ids[place].tobytes(), self._values[place].tobytes()
+            return Listed(self._make, *some)
+        return self._make(self._ids[place], self._values[place])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seq) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+def pair(token_id: int, value: float) -> tuple[int, float]:
+    """What most lists are of."""
+    return token_id, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +178,7 @@ class LayerTrace:
     """What a layer alone would say next, likeliest first. Layer 0 is the embedding."""
 
     layer: int
-    top: tuple[Probability, ...]
+    top: Seq[Probability]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +189,8 @@ class TokenTrace:
     varentropy: float
     temperature: float  # all that the logits were divided by; 0: the likeliest token was taken
     stages: tuple[StageTrace, ...]
-    before: tuple[Probability, ...]
-    after: tuple[Probability, ...]
+    before: Seq[Probability]
+    after: Seq[Probability]
     rank: int  # the chosen token's place in the model's own distribution, from 1
     prob_before: float
     prob_after: float
@@ -156,7 +204,7 @@ class Token(NamedTuple):
     id: int
     text: str  # what it adds to the text; a special token's own string
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest (token id, logprob), best first
+    top: Seq[tuple[int, float]] = ()  # the likeliest (token id, logprob), best first
     rank: int | None = None  # 1 for the likeliest; filled for prompt tokens
     trace: TokenTrace | None = None
 

@@ -7,6 +7,7 @@ runs everywhere else.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from engine.kernels import native
+from engine.messages import Listed, Pair
 
 BLOCK = 256  # tokens per block of the vocabulary
 NEG_INF = float("-inf")
@@ -27,6 +29,12 @@ def integers(values: ArrayLike, device: str = "cpu") -> Tensor:
     """
     host = torch.from_numpy(np.array(values, dtype=np.int64))
     return host if device == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def listed(make: Callable[[int, float], Pair], ids: Tensor, values: Tensor) -> list[Listed[Pair]]:
+    """Rows of ids [n, K] int64 and values [n, K] float32 or float64, on the host."""
+    rows = zip(ids.to(torch.int32).cpu().numpy(), values.cpu().numpy(), strict=True)
+    return [Listed(make, row.tobytes(), numbers.tobytes()) for row, numbers in rows]
 
 
 def kernels(logits: Tensor) -> native.Library | None:

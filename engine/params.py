@@ -26,11 +26,17 @@ MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_LEN = 1024  # characters
 MAX_LAYERS = 1024  # that a list may name; a model has fewer
+MAX_WAITING_TOKENS = 8_388_608  # of all hypotheses that wait in a search
 LOGIT_BIAS_LIMIT = 100.0
 
 PATTERN_PATIENCE_S = 0.01  # of processor time: a pattern is compiled where streams wait for it
 
 INT64 = 1 << 63
+
+
+def max_waiting(max_tokens: int) -> int:
+    """The most hypotheses that may wait in a best-first search of so many tokens."""
+    return MAX_WAITING_TOKENS // max(max_tokens, 1)
 
 
 def _integral(value: object) -> object:
@@ -102,7 +108,7 @@ def _distinct(layers: list[int]) -> list[int]:
 
 
 Integer = Annotated[int, BeforeValidator(_integral), AfterValidator(_fits)]
-TokenIds = Annotated[list[int], BeforeValidator(_all_integral)]
+TokenIds = Annotated[list[int], Field(fail_fast=True), BeforeValidator(_all_integral)]
 Layers = Annotated[list[Integer], Field(max_length=MAX_LAYERS), AfterValidator(_distinct)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Warmth = Annotated[Number, Field(gt=0.0, le=2.0)]
@@ -639,7 +645,8 @@ class SamplingParams(StrictModel):
     beam_memory: Integer = Field(
         default=0,
         ge=0,
-        description="Most hypotheses that wait in a best-first search; 0: as many as there are.",
+        description="Most hypotheses that wait in a best-first search; the shortest are forgotten "
+        "first. At most, and with 0, 8,388,608 divided by `max_tokens`.",
     )
 
     # -- contrast
@@ -924,8 +931,10 @@ def _check_pattern(pattern: str) -> None:
         message = "cot_pattern is too complex: it is nested too deeply"
     except MemoryError:
         message = "cot_pattern is too complex: compiling it takes too much memory"
-    except Exception as error:  # noqa: BLE001 - what `regex` raises beside its own error
+    except regex.error as error:
         message = f"cot_pattern is no regular expression: {error}"
+    except Exception as error:  # noqa: BLE001 - what else `regex` raises, or who watches over it
+        message = f"cot_pattern cannot be compiled: {error}"
     raise PydanticCustomError(
         "invalid_value", "{message}", {"message": message, "param": "cot_pattern"}
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.messages import Request, TraceWish
-from engine.params import Method, SamplingParams, SedParams
+from engine.params import Method, SamplingParams, SedParams, max_waiting
 from engine.tokenizer import Tokenizer
 
 _SHALLOW = 40  # models of more layers take DoLa's buckets from the first and the last 20
@@ -78,10 +78,12 @@ def prepare(
     clamp_max_tokens: bool = False,
     priority: int = 0,
     cache_salt: str = "",
+    arrival_s: float | None = None,
 ) -> Request:
     """Check a request against the model and resolve what it left open.
 
-    `prompt_param` is the field to blame for a bad prompt. Raises InvalidRequest.
+    `prompt_param` is the field to blame for a bad prompt; the request came at `arrival_s`, or just
+    now. Raises InvalidRequest.
     """
     check_ids(prompt_ids, info, prompt_param)
     check_ids(params.stop_token_ids, info, "stop_token_ids")
@@ -99,6 +101,7 @@ def prepare(
             f"min_tokens must be at most max_tokens, here {max_tokens}, got {params.min_tokens}",
             "min_tokens",
         )
+    _check_memory(params.beam_memory, max_tokens)
     stop_tokens: dict[int, int | str] = {token_id: token_id for token_id in params.stop_token_ids}
     stop_texts = set(params.stop)
     for token_id, text in tokenizer.special.items():
@@ -137,7 +140,7 @@ def prepare(
         stream=output.stream,
         priority=priority,
         cache_salt=cache_salt,
-        arrival_s=time.monotonic(),
+        arrival_s=time.monotonic() if arrival_s is None else arrival_s,
     )
 
 
@@ -321,17 +324,21 @@ def _check_length(parts: _Parts, prompt_param: str, default: int | None, clamp: 
     room, context_len = parts.room, parts.info.context_len
     prompt_len = context_len - room
     asked = parts.params.max_tokens
-    too_long = room < 0 or (room == 0 and asked != 0)
-    if too_long or (asked is not None and asked > room and not clamp):
+    full = room < 0 or (room == 0 and asked != 0)
+    if full or (asked is not None and asked > room and not clamp):
         completion = asked if asked is not None else (default or 1)
-        raise InvalidRequest(
-            f"This model's maximum context length is {context_len} tokens. However, you "
-            f"requested {prompt_len + completion} tokens ({prompt_len} in the prompt, "
-            f"{completion} in the completion). Please reduce the length of the prompt or the "
-            "completion.",
-            prompt_param,
-            "context_length_exceeded",
-        )
+        raise too_long(context_len, prompt_len, completion, prompt_param)
+
+
+def too_long(context_len: int, prompt_len: int, completion: int, param: str) -> InvalidRequest:
+    """What is told where a prompt and what is to follow it exceed the context."""
+    return InvalidRequest(
+        f"This model's maximum context length is {context_len} tokens. However, you requested "
+        f"{prompt_len + completion} tokens ({prompt_len} in the prompt, {completion} in the "
+        "completion). Please reduce the length of the prompt or the completion.",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def _max_tokens(parts: _Parts, prompt_param: str, default: int | None) -> int:
@@ -376,6 +383,17 @@ def _check_width(params: SamplingParams, info: ModelInfo, rows: int) -> None:
             f"{name} must be at most {most}, the number of sequences{each} this server computes "
             f"together, got {width}",
             name,
+        )
+
+
+def _check_memory(beam_memory: int, max_tokens: int) -> None:
+    """Raises InvalidRequest."""
+    most = max_waiting(max_tokens)
+    if beam_memory > most:
+        raise InvalidRequest(
+            f"beam_memory must be at most {most}, so many hypotheses of up to {max_tokens} tokens "
+            f"may wait, got {beam_memory}",
+            "beam_memory",
         )
 
 

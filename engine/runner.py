@@ -1,21 +1,20 @@
 """Turn a plan into tensors, run the model, hold the KV cache. The only code that knows of CUDA."""
 
-import os
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine import machine
 from engine.attention import Attention, choose_attention
 from engine.attention.torch_paged import LayerCache, Span
-from engine.config import EngineConfig
+from engine.config import EngineConfig, shown_size
 from engine.errors import ModelUnavailable
 from engine.kernels import native
-from engine.memory import back
+from engine.machine import Room
+from engine.memory import Backing
 from engine.models.base import ForwardInput, Model, Probe
 from engine.numerics import integers
 from engine.probing import Probed
@@ -30,6 +29,9 @@ def choose_device(name: str) -> str:
     if name.startswith("cuda") and not cuda:
         raise ModelUnavailable(f"device {name} was asked for, but torch finds no CUDA device")
     return name
+
+
+_BACKED_BYTES = 1 << 30  # of a cache, while there is nothing else to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Runner:
         self.model = model
         self.index = index  # among the engine's models
         self.device = device
+        self.num_blocks = num_blocks
         self.block_size = block_size
         self.attention: Attention = choose_attention(block_size, device, batch_invariant)
         self.cache = [
@@ -69,18 +72,15 @@ class Runner:
             )
             for shape in model.kv_shapes
         ]
-        self._parts = _parts(self.cache) if device == "cpu" else iter(())
+        tensors = [tensor for layer in self.cache for tensor in (layer.keys, layer.values)]
+        self._backing = Backing(tensors if device == "cpu" else [])
 
     def back_cache(self) -> bool:
         """Have a little more of the cache in memory before it is needed; False if that is done.
 
         Up to the cache's first GiB: what has never been used costs nobody memory.
         """
-        part = next(self._parts, None)
-        if part is None:
-            return False
-        back(*part)
-        return True
+        return self._backing.nbytes < _BACKED_BYTES and self._backing.more()
 
     def forward(self, plan: Plan) -> Forwarded | None:
         """Compute the plan's tokens for this model; None if there are none."""
@@ -90,6 +90,8 @@ class Runner:
         chunks = [chunk for chunk in plan.chunks if chunk.sequence.model == self.index]
         if not chunks:
             return None
+        last_block = max(chunk.sequence.block_table[-1] for chunk in chunks)
+        self._backing.keep_ahead((last_block + 1) / self.num_blocks)
         # Single tokens first, by context length, so that attention can batch them.
         chunks.sort(key=lambda chunk: (chunk.length > 1, chunk.end))
         first_rows = _first_rows(chunks)
@@ -172,44 +174,50 @@ class Runner:
         return integers(values, self.device)
 
 
-def count_blocks(models: Seq[Model], config: EngineConfig, device: str) -> int:
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How many KV-cache blocks each model gets, and what it is that allows no more."""
+
+    num_blocks: int
+    bound: str
+
+
+def count_blocks(models: Seq[Model], config: EngineConfig, device: str) -> CacheSize:
     """How many KV-cache blocks of each model fit into the memory the configuration grants.
 
     Never more than all lanes at full length could use. Raises ModelUnavailable if not even one
-    sequence of a single block fits.
+    sequence of a single block fits, or if there is less memory than is granted.
     """
     token_bytes = sum(
         shape.numel * model.dtype.itemsize for model in models for shape in model.kv_shapes
     )
     block_bytes = token_bytes * config.block_size
-    granted = config.kv_cache_memory
+    room = free_memory(device)
+    granted, bound = config.kv_cache_memory, "--kv-cache-memory"
     if granted is None:
-        granted = int(free_memory(device) * config.kv_cache_fraction)
+        granted = int(room.free * config.kv_cache_fraction)
+        of = f"{shown_size(room.free)} that {room.bound} leaves"
+        bound = f"{config.kv_cache_fraction:.0%} of the {of}"
     longest = models[0].context_len
     context_len = min(config.max_model_len or longest, longest)
     useful = config.max_num_seqs * -(-context_len // config.block_size)
-    num_blocks = min(granted // block_bytes, useful)
+    num_blocks = granted // block_bytes
     if num_blocks < 1:
         raise ModelUnavailable(
-            f"the KV cache has {granted} bytes and one block of {config.block_size} tokens needs "
-            f"{block_bytes}; raise --kv-cache-memory or lower --block-size"
+            f"the KV cache has {granted} bytes ({bound}) and one block of {config.block_size} "
+            f"tokens needs {block_bytes}; raise --kv-cache-memory or lower --block-size"
         )
-    return int(num_blocks)
+    if num_blocks >= useful:
+        num_blocks, bound = useful, f"all that --max-num-seqs {config.max_num_seqs} can use"
+    room.require(num_blocks * block_bytes, "the KV cache (--kv-cache-memory)")
+    return CacheSize(num_blocks, bound)
 
 
-def free_memory(device: str) -> int:
-    """Bytes that can still be allocated: on CPU what the system or the container leaves."""
-    if device != "cpu":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return max(free, 0)
+def free_memory(device: str) -> Room:
+    """What can still be allocated on a device."""
+    if device == "cpu":
+        return machine.free_memory()
+    return Room(int(torch.cuda.mem_get_info(device)[0]), f"the memory of {device}")
 
 
 def _first_rows(chunks: list[Chunk]) -> dict[int, int]:
@@ -233,15 +241,6 @@ def _read(
         first = first_rows[id(chunk.sequence)] if chunk.group.reads_prompt else last
         rows += range(first, last + 1)
     return integers(rows)
-
-
-def _parts(cache: Seq[LayerCache]) -> Iterator[tuple[Tensor, int, int]]:
-    """Tensors, from where, and how many bytes: the first blocks of all first, 4 MiB a part."""
-    size = 4 << 20
-    tensors = [tensor for layer in cache for tensor in (layer.keys, layer.values)]
-    for start in range(0, end := (1 << 30) // max(len(tensors), 1), size):
-        for tensor in tensors:
-            yield tensor, start, min(size, end - start, tensor.nbytes - start)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

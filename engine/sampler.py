@@ -13,6 +13,7 @@ between a batched and a single forward pass, Gumbel noise none of 15,480.
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -26,7 +27,7 @@ from engine.logits.candidates import Candidates
 from engine.logits.common import Common
 from engine.logits.pipeline import Filtered, Pipeline, dense
 from engine.logits.stage import Filter
-from engine.messages import NO_VALID_TOKEN, NOT_A_NUMBER, Request, Token, TokenTrace
+from engine.messages import NO_VALID_TOKEN, NOT_A_NUMBER, Request, Token, TokenTrace, pair
 from engine.numerics import (
     BLOCK,
     NEG_INF,
@@ -35,6 +36,7 @@ from engine.numerics import (
     bounded,
     integers,
     known_finite,
+    listed,
     log_softmax,
     log_sum_exp,
     moments,
@@ -47,6 +49,7 @@ from engine.strategies.base import Ranked, Wants
 from engine.trace import RowTrace
 from engine.types import Beside, Rows, Signals
 
+Top = Seq[tuple[int, float]]  # the likeliest tokens and their numbers, best first
 _NOTHING = Wants()
 
 
@@ -60,7 +63,7 @@ class Samples:
     """
 
     token_ids: list[int]
-    logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]]
+    logprobs: dict[int, tuple[float, Top]]
     traces: dict[int, TokenTrace] = field(default_factory=dict)  # of the rows that asked for them
     tops: dict[int, Ranked] = field(default_factory=dict)  # where a strategy wants them
     logits: Tensor | None = None  # after all transforms, [R, V]
@@ -291,11 +294,9 @@ class Sampler:
         noise[perturbed] = gumbel(uniforms).float()
         return logits + noise, noise
 
-    def _reported(
-        self, source: Tensor, lanes: list[int]
-    ) -> list[tuple[tuple[int, float], ...] | None]:
+    def _reported(self, source: Tensor, lanes: list[int]) -> list[Top | None]:
         """What is reported beside any token of each row: its likeliest; None if nothing is."""
-        found: list[tuple[tuple[int, float], ...] | None] = [None] * len(lanes)
+        found: list[Top | None] = [None] * len(lanes)
         counts: list[int] = self.logprobs[lanes].tolist()
         asking = [row for row, count in enumerate(counts) if count >= 0]
         if asking:
@@ -342,7 +343,7 @@ class Sampler:
 
     def _report(
         self, raw: Tensor, processed: Tensor, chosen: Tensor, rows: Rows
-    ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    ) -> dict[int, tuple[float, Top]]:
         wanting = self._wanting(rows)
         if not wanting:
             return {}
@@ -363,7 +364,7 @@ def _first(width: int, counts: Tensor) -> Tensor:
 def _token(
     ids: list[int],
     logprobs: list[float],
-    top: tuple[tuple[int, float], ...] | None,
+    top: Top | None,
     trace: RowTrace | None,
     place: int,
 ) -> Token:
@@ -445,7 +446,7 @@ def draw_dense(
 
 def report(
     logits: Tensor, chosen: Tensor, count: int, normalised: bool
-) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+) -> tuple[list[float], list[Top]]:
     """The chosen tokens' logprobs (or logits) and each row's `count` best, for rows [R, V]."""
     # The largest logit and the sum are subtracted one after the other: their sum has too few digits
     # in float32 where logits are large.
@@ -457,5 +458,4 @@ def report(
     if count == 0:
         return own, [()] * len(own)
     values, ids = best(logits, count)
-    pairs = zip(ids.tolist(), (values - top - shift).tolist(), strict=True)
-    return own, [tuple(zip(row_ids, row_top, strict=True)) for row_ids, row_top in pairs]
+    return own, list(listed(pair, ids, values - top - shift))

@@ -55,12 +55,18 @@ class Scheduler:
         budget: int,
         prefix_cache: bool,
         prefill_ratio: int | None = None,
+        deep: int = 1 << 62,
     ) -> None:
+        """Beside running sequences a step has `prefill_ratio` prompt tokens for each.
+
+        Those behind more than `deep` tokens cost more to compute, so there are fewer.
+        """
         self.pools = pools
         self.lanes = lanes
         self.sampler = sampler
         self.budget = budget
         self.prefill_ratio = prefill_ratio
+        self.deep = deep
         self.prefix_cache = prefix_cache
         self.waiting: list[Group] = []
         self.running: list[Group] = []
@@ -94,7 +100,7 @@ class Scheduler:
         """Take a group out, whatever its state; one that has ended is in no queue."""
         for sequence in group.sequences:
             self._free(sequence)
-        group.live, group.asleep = [], []
+        group.live, group.asleep = [], {}
         for queue in (self.running, self.waiting):
             if group in queue:
                 queue.remove(group)
@@ -119,13 +125,20 @@ class Scheduler:
             if id(group) not in late:
                 budget -= self._place(group, budget, plan)
         if self.prefill_ratio is not None and plan.chunks:
-            budget = min(budget, max(_LEAST_BESIDE, self.prefill_ratio * len(plan.chunks)))
+            budget = min(budget, self._beside(len(plan.chunks), behind))
         # Where somebody has just given way, nobody comes who would need the same memory.
         waiting = self.waiting.copy() if preempted == self.num_preemptions else []
         self._plan_prompts(plan, budget, behind, waiting)
         for group, error in self.flush():
             self._fail(plan, group, error)
         return plan
+
+    def _beside(self, num_running: int, behind: list[Group]) -> int:
+        """How many prompt tokens a step has beside running sequences, so that those go on soon."""
+        assert self.prefill_ratio is not None
+        most = max(_LEAST_BESIDE, self.prefill_ratio * num_running)
+        deepest = max((group.live[0].num_computed for group in behind), default=0)
+        return max(int(most / max((1 + deepest / self.deep) / 2, 1.0)), 1)
 
     def _plan_prompts(
         self, plan: Plan, budget: int, running: list[Group], waiting: list[Group]
@@ -135,7 +148,11 @@ class Scheduler:
         for priority in sorted({group.request.priority for group in (*running, *waiting)}):
             if budget <= 0:
                 return
-            prompts = [group for group in running if group.request.priority == priority]
+            prompts = [
+                group
+                for group in running
+                if group.request.priority == priority and not _gave_way(group)
+            ]
             queued = [group for group in waiting if group.request.priority == priority]
             if queued and not self._admit_some(prompts, queued, budget, plan):
                 waiting = []
@@ -184,10 +201,10 @@ class Scheduler:
 
         If memory is short, the last in turn gives way, planned or not; it may be the group itself.
         """
-        if group.live[0].lane < 0:  # it has given way in this step
+        if _gave_way(group):
             return 0
         chunks = self._chunks(group, budget)
-        while not self._reserve(group, chunks, plan):
+        while not self._reserve(chunks, plan):
             victim = self.running[-1]
             _take_out(plan, victim)
             self._preempt(victim)
@@ -214,17 +231,11 @@ class Scheduler:
                 budget -= length
         return chunks
 
-    def _reserve(self, group: Group, chunks: list[Chunk], plan: Plan) -> bool:
-        """Take the blocks the chunks write to and add them to the plan, or change nothing.
-
-        Sleepers' blocks are only kept while nobody needs them.
-        """
+    def _reserve(self, chunks: list[Chunk], plan: Plan) -> bool:
+        """Take the blocks the chunks write to and add them to the plan, or change nothing."""
         writers = [chunk for chunk in chunks if not self._has_room(chunk)]
         if not self._fit(writers):
-            for sequence in group.asleep:
-                self._free(sequence)
-                if sequence.companion is not None:
-                    self._free(sequence.companion)
+            self._free_sleepers()
             if not self._fit(writers):
                 return False
         for chunk in writers:
@@ -264,7 +275,7 @@ class Scheduler:
                 holders = refs.setdefault((model, block), pool.refs[block])
                 needed[model] += holders > 1
                 refs[model, block] = max(holders - 1, 1)
-        return all(n <= pool.num_free for n, pool in zip(needed, self.pools, strict=True))
+        return self._have(needed)
 
     # -- admission and preemption
 
@@ -284,7 +295,9 @@ class Scheduler:
         for other in self.running:
             if _catching_up(other):
                 needed = [n + more for n, more in zip(needed, self._missing(other), strict=True)]
-        if any(n > pool.num_free for n, pool in zip(needed, self.pools, strict=True)):
+        if not self._have(needed):
+            self._free_sleepers()
+        if not self._have(needed):
             for sequence in first:
                 self._free(sequence)
             return False
@@ -306,6 +319,16 @@ class Scheduler:
             if sequence.num_generated == 0:  # all others are copies of it
                 source = group.live[0].lane
         return True
+
+    def _have(self, needed: list[int]) -> bool:
+        """Are so many blocks of each pool free?"""
+        return all(n <= pool.num_free for n, pool in zip(needed, self.pools, strict=True))
+
+    def _free_sleepers(self) -> None:
+        """Take back what sleepers hold: it is only kept while nobody needs it."""
+        for group in self.running:
+            for sequence in with_companions(list(group.asleep)):
+                self._free(sequence)
 
     def _missing(self, group: Group) -> list[int]:
         """How many blocks of each pool a group still needs for the tokens it has."""
@@ -474,7 +497,9 @@ class Scheduler:
         Whatever ends or falls asleep gives its lane back before a fork takes one, so a group never
         holds more lanes than its strategy's width.
         """
-        parents = [*group.live, *group.asleep]
+        parents = list(dict.fromkeys([*group.live, *(branch.parent for branch in branches)]))
+        if any(parent not in group.asleep for parent in parents[len(group.live) :]):
+            raise ValueError("the strategy returned a branch of a sequence that is not the group's")
         heirs: dict[int, list[Sequence]] = {id(parent): [] for parent in parents}
         last = {id(branch.parent): index for index, branch in enumerate(branches)}
         live: list[Sequence] = []
@@ -483,6 +508,8 @@ class Scheduler:
         starts: dict[int, int] = {}  # how long each heir was before this step
         for index, branch in enumerate(branches):
             parent = branch.parent
+            if branch.dropped:
+                continue
             # A parent becomes its last branch; those before are copies of it.
             sequence = parent if last[id(parent)] == index else self._fork(parent)
             starts[id(sequence)] = len(sequence.token_ids)
@@ -500,12 +527,12 @@ class Scheduler:
             raise ValueError("the strategy lets every sequence sleep")
         if not live and not group.finished:
             raise ValueError("the strategy dropped every sequence")
-        if live == group.live and not group.asleep and not reseeded:
+        if live == parents and not reseeded:
             for sequence in live:  # all go on as they are
                 self._note_appended(sequence, starts[id(sequence)])
             return
         # Should a lane fail, whoever holds something by then is found in the group, to be freed.
-        group.live, group.asleep = list(dict.fromkeys((*parents, *live, *asleep))), []
+        group.live = list(dict.fromkeys((*parents, *live, *asleep)))
         awake = {id(sequence) for sequence in live}
         newcomers: list[tuple[Sequence, int]] = []  # who need a lane, and whose to copy, or -1
         for parent in parents:
@@ -522,9 +549,12 @@ class Scheduler:
         for sequence in live:
             if id(sequence) not in written:
                 self._note_appended(sequence, starts[id(sequence)])
-        group.live, group.asleep = live, asleep
+        for parent in parents:
+            group.asleep.pop(parent, None)
+        group.asleep.update(dict.fromkeys(asleep))
+        group.live = live
         if not live:
-            self.running.remove(group)
+            self.drop(group)
 
     def flush(self) -> list[tuple[Group, Exception]]:
         """Write what was committed since the last call to the lanes, all at once.
@@ -681,6 +711,11 @@ def _complete(group: Group) -> bool:
 
 def _turn(group: Group) -> tuple[int, float]:
     return group.request.priority, group.request.arrival_s
+
+
+def _gave_way(group: Group) -> bool:
+    """Has a group of those that were running been preempted in this step?"""
+    return group.live[0].lane < 0
 
 
 def _catching_up(group: Group) -> bool:

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ _WITHOUT_EFFECT = {
     *("tokenizer_class", "backend", "chat_template"),
     *("model_max_length", "clean_up_tokenization_spaces"),
 }
+
+_SHOWN_ERROR = 500  # characters of what a template says
 
 # Characters that Unicode's composition makes one of, at most.
 _LONGEST_COMPOSITION = 4
@@ -93,6 +96,12 @@ class Tokenizer:
     def has_hf(self) -> bool:
         """Is `hf` there at once?"""
         return self._hf is not None
+
+    def warm_up(self) -> None:
+        """Find now whatever is otherwise found when it is first asked for."""
+        with suppress(ModelUnavailable):  # whoever asks is told
+            _ = self.hf, self._template_arguments
+        _ = self.adds_bos, self._coarsest
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -172,8 +181,10 @@ class Tokenizer:
                 messages, tokenize=False, **options, **variables
             )
         except Exception as error:
+            own = options.get("chat_template")
             raise InvalidRequest(
-                f"the chat template refuses these messages: {error}", "messages"
+                f"the chat template refuses these messages: {str(error)[:_SHOWN_ERROR]}",
+                "chat_template" if own else "messages",
             ) from error
         return text
 

@@ -16,8 +16,8 @@ from engine.lanes import Lanes
 from engine.logits.candidates import Candidates
 from engine.logits.pipeline import Pipeline, run_transforms, widening
 from engine.logits.stage import Filter, Stage
-from engine.messages import Probability, StageTrace, TokenTrace
-from engine.numerics import NEG_INF, best, count_finite, moments, scan, summarise
+from engine.messages import Listed, Probability, StageTrace, TokenTrace
+from engine.numerics import NEG_INF, best, count_finite, listed, moments, scan, summarise
 from engine.rng import Domain, gumbel, uniform
 from engine.types import Rows
 
@@ -94,7 +94,7 @@ class RowTrace:
         return Domain.TOKEN
 
 
-def likeliest(logits: Tensor, top: int) -> list[tuple[Probability, ...]]:
+def likeliest(logits: Tensor, top: int) -> list[Listed[Probability]]:
     """The `top` likeliest tokens of each row [n, V] that are left."""
     return _likeliest(logits, top, _total(logits))
 
@@ -164,11 +164,10 @@ def _name(stage: Stage) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(stage).__name__).lower()
 
 
-def _likeliest(logits: Tensor, top: int, totals: Tensor) -> list[tuple[Probability, ...]]:
+def _likeliest(logits: Tensor, top: int, totals: Tensor) -> list[Listed[Probability]]:
     """The `top` likeliest tokens of rows [n, V]; `totals` [n, 1] are ln Σ exp of all of a row."""
     values, ids = best(logits, top)
     probs = (values.double() - totals).exp()
-    return [
-        tuple(Probability(*pair) for pair in zip(row_ids, row_probs, strict=True) if pair[1] > 0.0)
-        for row_ids, row_probs in zip(ids.tolist(), probs.tolist(), strict=True)
-    ]
+    counts = (probs > 0.0).sum(1).tolist()  # the others come last
+    rows = zip(listed(Probability, ids, probs), counts, strict=True)
+    return [row[:count] for row, count in rows]

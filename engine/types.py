@@ -98,7 +98,7 @@ class Group:
     request: Request
     strategy: "Strategy"
     live: list[Sequence]
-    asleep: list[Sequence] = field(default_factory=list)  # not computed until they are woken
+    asleep: dict[Sequence, None] = field(default_factory=dict)  # not computed until they are woken
     finished: list[Sequence] = field(default_factory=list)
     settled: "Settled | None" = None
     prompt: list[Token] = field(default_factory=list)

@@ -2,8 +2,10 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from engine.messages import Delta, Finished, Probability, Request, Token, TokenTrace
@@ -22,11 +24,15 @@ from server.schemas import (
     TokenLogprob,
     TokenTraceBody,
     TopLogprob,
+    TracedLayer,
     TracedToken,
     Usage,
 )
+from server.whole import Each
 
 _LOWEST = -9999.0  # JSON has no -infinity
+_SHORT = 32  # tokens of a delta that are formatted in one go,
+_FEW = 1024  # if no more than so many others are listed with them
 
 
 @dataclass(slots=True)
@@ -62,7 +68,7 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
     first: dict[str, Any] = field(default_factory=dict)  # only in the first chunk
 
-    def around(self, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
+    def around(self, choices: list[Any] | Each, **more: Any) -> dict[str, Any]:
         """A chunk, or the whole answer."""
         more, self.first = more | self.first, {}
         return {
@@ -71,7 +77,7 @@ class Envelope:
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
-            "choices": list(choices),
+            "choices": choices,
             **more,
         }
 
@@ -101,6 +107,7 @@ class Choices:
         self.prompts = [request.prompt_ids for request in requests]
         self.num_choices = len(requests) * body.n
         self._started: set[int] = set()
+        self._echoed: tuple[Sequence[int], list[str]] | None = None
 
     def index(self, delta: Delta) -> int:
         """Where a delta's choice stands among those of all prompts."""
@@ -126,18 +133,24 @@ class Choices:
             return f"token_id:{token_id}"
         return self.tokenizer.text_of(token_id)
 
-    def traces(self, tokens: Sequence[Token]) -> list[TokenTraceBody]:
+    def traces(self, tokens: Sequence[Token]) -> Any:
         """Each token's trace."""
-        return [trace_body(t, t.trace, self.tokenizer) for t in tokens if t.trace is not None]
+        return each(
+            tokens,
+            lambda: (trace_body(t, t.trace, self.tokenizer) for t in tokens if t.trace is not None),
+        )
 
-    def prompt_texts(self, prompt_ids: Sequence[int]) -> list[str]:
-        """What each prompt token adds to the echoed text."""
-        detokenizer = Detokenizer(self.tokenizer, self.body.skip_special_tokens)
-        return [detokenizer.feed(token_id) for token_id in prompt_ids]
+    def prompt_texts(self, delta: Delta) -> list[str]:
+        """What each prompt token adds to the echoed text. All choices of a prompt share it."""
+        prompt_ids = self.prompt_of(delta)
+        if self._echoed is None or self._echoed[0] is not prompt_ids:
+            detokenizer = Detokenizer(self.tokenizer, self.body.skip_special_tokens)
+            self._echoed = prompt_ids, [detokenizer.feed(token_id) for token_id in prompt_ids]
+        return self._echoed[1]
 
-    def prompt_logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any] | None]:
+    def prompt_logprobs(self, tokens: Sequence[Token]) -> Any:
         """vLLM's form: for each prompt token, by token id, the likeliest tokens and itself."""
-        return [self._prompt_entry(token) for token in tokens]
+        return each(tokens, lambda: map(self._prompt_entry, tokens))
 
     def _prompt_entry(self, token: Token) -> dict[str, Any] | None:
         if token.logprob is None:
@@ -177,11 +190,10 @@ class CompletionChoices(Choices):
     def format(self, delta: Delta) -> CompletionChoice:
         """A choice, or what is new of it."""
         index = self.index(delta)
-        prompt_ids = self.prompt_of(delta)
         starts = self.starts(index)
         text, tokens = delta.text, list(delta.tokens)
         if starts and self.body.echo:
-            pieces = self.prompt_texts(prompt_ids)
+            pieces = self.prompt_texts(delta)
             text = "".join(pieces) + text
             if self.body.logprobs is not None:
                 echoed = zip(delta.prompt, pieces, strict=True)
@@ -202,7 +214,7 @@ class CompletionChoices(Choices):
         if self.body.return_token_ids:
             choice["token_ids"] = [token.id for token in delta.tokens]
             if starts:
-                choice["prompt_token_ids"] = list(prompt_ids)
+                choice["prompt_token_ids"] = list(self.prompt_of(delta))
         if starts and self.body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self.prompt_logprobs(delta.prompt)
         if self.body.trace is not None:
@@ -216,32 +228,29 @@ class CompletionChoices(Choices):
         return self.tokenizer.special.get(token.id, piece)
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> CompletionLogprobs:
-        logprobs: CompletionLogprobs = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        widths = [self._width(token) for token in tokens]
         offset = self._offsets.get(index, 0)
-        for token in tokens:
-            logprobs["tokens"].append(self.shown(token))
-            logprobs["text_offset"].append(offset)
-            hidden = self.body.skip_special_tokens and token.id in self.tokenizer.special
-            offset += 0 if hidden else len(token.text)
-            if token.logprob is None:
-                logprobs["token_logprobs"].append(None)
-                logprobs["top_logprobs"].append(None)
-            else:
-                logprobs["token_logprobs"].append(finite(token.logprob))
-                logprobs["top_logprobs"].append(self._top(token, token.logprob))
-        self._offsets[index] = offset
-        return logprobs
+        self._offsets[index] = offset + sum(widths)
+        all_of = partial(each, tokens)
+        return {
+            "tokens": all_of(lambda: map(self.shown, tokens)),
+            "token_logprobs": all_of(lambda: map(_logprob, tokens)),
+            "top_logprobs": all_of(lambda: map(self._top, tokens)),
+            "text_offset": list(accumulate(widths[:-1], initial=offset)) if widths else [],
+        }
 
-    def _top(self, token: Token, logprob: float) -> dict[str, float]:
+    def _width(self, token: Token) -> int:
+        """How many characters of the text are a token's."""
+        hidden = self.body.skip_special_tokens and token.id in self.tokenizer.special
+        return 0 if hidden else len(token.text)
+
+    def _top(self, token: Token) -> dict[str, float] | None:
         """The likeliest tokens and the reported one, best first; equal strings keep the larger."""
+        if token.logprob is None:
+            return None
         listed = (self.body.logprobs or 0) if (self.body.logprobs or 0) >= 0 else len(token.top)
         ranked = [(self.name(i), value) for i, value in token.top[:listed] if i != token.id]
-        ranked.append((self.shown(token), logprob))
+        ranked.append((self.shown(token), token.logprob))
         top: dict[str, float] = {}
         for name, value in sorted(ranked, key=lambda pair: -pair[1]):
             top.setdefault(name, finite(value))
@@ -300,12 +309,12 @@ class ChatChoices(Choices):
         return choice
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
-        content: list[TokenLogprob] = []
-        for token in tokens:
-            top = [self._entry(token_id, value) for token_id, value in token.top]
-            own = self._entry(token.id, token.logprob or 0.0)
-            content.append({**own, "top_logprobs": top[: self.body.top_logprobs]})
-        return {"content": content, "refusal": None}
+        return {"content": each(tokens, lambda: map(self._listed, tokens)), "refusal": None}
+
+    def _listed(self, token: Token) -> TokenLogprob:
+        top = token.top[: self.body.top_logprobs]
+        own = self._entry(token.id, token.logprob or 0.0)
+        return {**own, "top_logprobs": [self._entry(token_id, value) for token_id, value in top]}
 
     def _entry(self, token_id: int, logprob: float) -> TopLogprob:
         special = token_id in self.tokenizer.special
@@ -316,6 +325,30 @@ class ChatChoices(Choices):
         }
 
 
+def is_long(*lists: Sequence[Token]) -> bool:
+    """Is there so much to be told of these tokens that it is written a little at a time?"""
+    if sum(map(len, lists)) > _SHORT:
+        return True
+    return sum(_num_listed(token) for tokens in lists for token in tokens) > _FEW
+
+
+def each(tokens: Sequence[Token], entries: Callable[[], Iterable[Any]]) -> Any:
+    """What is made of some tokens: a list, or entries that are made as they are written."""
+    return Each(entries) if is_long(tokens) else list(entries())
+
+
+def _num_listed(token: Token) -> int:
+    trace = token.trace
+    if trace is None:
+        return len(token.top)
+    tops = (trace.before, trace.after, *(layer.top for layer in trace.layers))
+    return len(token.top) + sum(map(len, tops))
+
+
+def _logprob(token: Token) -> float | None:
+    return None if token.logprob is None else finite(token.logprob)
+
+
 def trace_body(token: Token, trace: TokenTrace, tokenizer: Tokenizer) -> TokenTraceBody:
     """A token's trace in the API's words."""
 
@@ -324,6 +357,9 @@ def trace_body(token: Token, trace: TokenTrace, tokenizer: Tokenizer) -> TokenTr
             {"token_id": one.token_id, "token": tokenizer.text_of(one.token_id), "prob": one.prob}
             for one in top
         ]
+
+    def layers() -> Iterator[TracedLayer]:
+        return ({"layer": one.layer, "top": named(one.top)} for one in trace.layers)
 
     body: TokenTraceBody = {
         "token_id": token.id,
@@ -343,7 +379,7 @@ def trace_body(token: Token, trace: TokenTrace, tokenizer: Tokenizer) -> TokenTr
         "top_after": named(trace.after),
     }
     if trace.layers:
-        body["layers"] = [{"layer": one.layer, "top": named(one.top)} for one in trace.layers]
+        body["layers"] = each([token], layers)
     return body
 
 

@@ -21,7 +21,6 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import chat, completions, explain, health, models
 from server.schemas import ErrorBody
-from server.serving import until_chats_render
 from server.state import ServerState
 
 _LAG_EVERY_S = 0.1  # how often the event loop's lateness is measured
@@ -40,13 +39,18 @@ def create_app(
     *,
     max_waiting: int = 1024,
     sampling: dict[str, Any] | None = None,
+    warm: bool = False,
 ) -> FastAPI:
-    """The application around an engine that `load` makes, in its own thread, at startup."""
+    """The application around an engine that `load` makes, in its own thread, at startup.
+
+    If it is to be `warm`, bodies that take long find a process that reads them, which is otherwise
+    started when the first one comes.
+    """
     metrics = Metrics(model_names[0], config.vllm_metrics)
     engine = AsyncEngine(load, max_waiting=max_waiting, observer=metrics)
     keys = Keys(config.api_key, config.api_key_file)
     created = int(time.time())
-    state = ServerState(config, engine, metrics, keys, model_names, created, sampling or {})
+    state = ServerState(config, engine, metrics, keys, model_names, created, sampling or {}, warm)
     app = FastAPI(
         title="logitmill",
         version=__version__,
@@ -76,15 +80,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     for task in tasks:
         task.cancel()
+    await state.workers.stop()
     await state.engine.stop()
 
 
 async def _announce(state: ServerState) -> None:
     with suppress(EngineError):  # which ends the process, or the requests that need it
         await state.engine.loaded()
-        tokenizer, info = state.model()
-        state.metrics.set_model(info)
-        await until_chats_render(tokenizer)
+        state.metrics.set_model(state.model()[1])
+        if state.warm:
+            await state.workers.warm_up(state.reader())
 
 
 async def _watch_lag(metrics: Metrics) -> None:

@@ -1,6 +1,6 @@
-"""Request bodies: size, media type, JSON, model, in that order and before any field."""
+"""Request bodies: size and media type, then what they hold, before any endpoint sees them."""
 
-import json
+import time
 from collections.abc import Callable, Coroutine
 from email.message import Message
 from typing import Any
@@ -8,86 +8,104 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from engine.errors import Overloaded
 from server.errors import ApiError
-from server.state import state_of
+from server.inputs import Incoming, Input
+from server.middleware import CLIENT_GONE, RequestLog
+from server.serving import ClientGone, while_connected
+from server.state import ServerState, state_of
+from server.worker import LARGE_BYTES
+
+_MOST_BODIES = 16  # of the largest size, that may be in memory at once
 
 
 class JSONRequest(Request):
-    """A request whose body is read and checked our way."""
+    """A request whose body has been read and checked our way."""
 
-    async def body(self) -> bytes:
-        """The whole body. Raises ApiError as soon as it is known to be too large."""
-        if not hasattr(self, "_checked_body"):
-            self._checked_body = await self._read(state_of(self).config.max_body_bytes)
-        return self._checked_body
+    found: Input
 
-    async def json(self) -> Any:
-        """The parsed body. Raises ApiError."""
-        if not hasattr(self, "_checked_json"):
-            data = await self.body()
+    async def read(self) -> None:
+        """Find out what the body asks for. Raises ApiError, and what reading it raises."""
+        state, log = state_of(self), self.state.log
+        held = _Held(self, state)
+        try:
+            data = await held.body()
             _check_media_type(self.headers.get("content-type", ""))
-            self._checked_json = parse(data)
-            _check_model(self._checked_json, state_of(self).model_names)
-        return self._checked_json
-
-    async def _read(self, limit: int) -> bytes:
-        announced = self.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > limit:
-            raise _too_large(limit)
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in self.stream():
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
-            chunks.append(chunk)
-        return b"".join(chunks)
+            incoming = Incoming(
+                path=self.scope["route"].path,
+                data=data,
+                label=log.request_id,
+                number=state.next_number(),
+                arrival_s=time.monotonic(),
+                salt=self.state.salt,
+                named=log.request_id == self.headers.get("x-request-id"),
+            )
+            self.found = await while_connected(self, state.read(incoming))
+        finally:
+            held.release()
+        if self.found.num_ignored:
+            state.metrics.on_ignored(self.found.num_ignored)
+        _rename(log, incoming, self.found)
 
 
 class JSONRoute(APIRoute):
-    """A route that takes a JSON body."""
+    """A route that takes a JSON body; its endpoint gets a JSONRequest, and the body's model."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def checked(request: Request) -> Response:
+        async def read_and_answer(request: Request) -> Response:
+            if request.method != "POST":
+                return await handle(request)
+            # What FastAPI would make of the body has been made; it knows of the endpoint's
+            # parameters for its documents.
             ours = JSONRequest(request.scope, request.receive)
-            if request.method == "POST":
-                await ours.json()
-            return await handle(ours)
+            try:
+                await ours.read()
+                answer: Response = await self.endpoint(ours, ours.found.body)
+            except ClientGone:
+                return Response(status_code=CLIENT_GONE)
+            answer.headers.update(ours.found.headers)
+            return answer
 
-        return checked
-
-
-def parse(data: bytes) -> Any:
-    """Strict JSON: no NaN, no duplicate keys, nothing behind the value. Raises ApiError."""
-    try:
-        value = json.loads(
-            data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
-        if b"\\u" in data:
-            json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise ApiError(
-            400, f"The body is not valid JSON: {reason[:200]}.", code="invalid_json"
-        ) from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    return value
+        return read_and_answer
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return value
+class _Held:
+    """A body while it is in memory, which only so many may be at once."""
+
+    def __init__(self, request: Request, state: ServerState) -> None:
+        self._request = request
+        self._state = state
+        self._size = 0
+
+    async def body(self) -> bytes:
+        """The whole body. Raises ApiError as soon as it is known to be too large, or Overloaded."""
+        limit = self._state.config.max_body_bytes
+        announced = self._request.headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            raise _too_large(limit)
+        chunks: list[bytes] = []
+        async for chunk in self._request.stream():
+            self._size += len(chunk)
+            self._state.body_bytes += len(chunk)
+            if self._size > limit:
+                raise _too_large(limit)
+            if self._size > LARGE_BYTES and self._state.body_bytes > _MOST_BODIES * limit:
+                raise Overloaded("too many large bodies are being read; try again later")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def release(self) -> None:
+        self._state.body_bytes -= self._size
+        self._size = 0
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _rename(log: RequestLog, incoming: Incoming, found: Input) -> None:
+    """A label in the body counts where no header has given one."""
+    label = getattr(found.body, "request_id", None)
+    if label is not None and not incoming.named:
+        log.request_id = label
 
 
 def _check_media_type(content_type: str) -> None:
@@ -98,17 +116,6 @@ def _check_media_type(content_type: str) -> None:
             415,
             f"Content-Type must be application/json, got {content_type[:100] or 'none'}.",
             code="unsupported_media_type",
-        )
-
-
-def _check_model(value: Any, names: list[str]) -> None:
-    model = value.get("model") if isinstance(value, dict) else None
-    if isinstance(model, str) and model not in names:
-        raise ApiError(
-            404,
-            f"The model {model[:100]!r} does not exist; this server has {', '.join(names)}.",
-            param="model",
-            code="model_not_found",
         )
 
 

@@ -2,16 +2,23 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, shown_size
 from engine.errors import ModelUnavailable
+from engine.machine import address_space, free_memory
 from engine.models.source import config_names, locate
 from server import __version__, stdio
 from server.settings import OPTIONS, BadOption, Settings, flag, resolve, variable
 
+_SPACE_OF_OTHERS = 400 << 20  # of address space, besides torch's own code: libraries and threads
+_MEMORY_OF_LIBRARIES = 192 << 20
 _DEFAULT_MODEL = EngineConfig.model_fields["model"].default
 _TITLES = {"engine": "running the model", "server": "answering requests"}
 
@@ -30,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exits with 2 and one line on standard error if it cannot."""
     stdio.protect()
     argv = sys.argv[1:] if argv is None else argv
+    # numpy's own threads would have nothing to do, and there is one for every core of the machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         args = _parser().parse_args(argv)
         flags = {name: value for name, value in vars(args).items() if value is not None}
@@ -47,9 +56,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _pull(settings: Settings) -> None:
     """Fetch a model and print where it is. Raises BadOption if that cannot be printed."""
-    print(locate(settings.engine.model, settings.source).fetch())
+    with _unwound():
+        folder = locate(settings.engine.model, settings.source).fetch()
+    print(folder)
     if (failure := stdio.lost_output()) is not None:
         raise BadOption(f"cannot write to standard output: {failure.strerror}")
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Have signals that ask for an end raise an exception, so that nothing half-made is left."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda sent, _: sys.exit(128 + sent)) for number in numbers
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _import_serve() -> Callable[[Settings], int]:
@@ -57,6 +82,7 @@ def _import_serve() -> Callable[[Settings], int]:
     # Between the parts of a step OpenMP's threads look out for work for half a millisecond,
     # then sleep. By default they go on so long that HTTP never has a core to itself.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _check_room()
     try:
         from server.run import serve
     except ValueError as error:  # a variable that is read on import
@@ -76,6 +102,27 @@ def _without_keys(message: str, argv: Sequence[str]) -> str:
         if after_key and value:
             message = message.replace(value, "…")
     return message
+
+
+def _check_room() -> None:
+    """Raise BadOption if the libraries have no room: some end the process without a clear word."""
+    sizes = [file.stat().st_size for file in _torch_folder().glob("lib/*.so*")]
+    needs = [
+        (address_space(), sum(sizes) + _SPACE_OF_OTHERS, "address space"),
+        (free_memory(), _MEMORY_OF_LIBRARIES, "memory"),
+    ]
+    for room, size, kind in needs:
+        if room is not None and room.free < size:
+            raise BadOption(
+                f"the libraries take about {shown_size(size)} of {kind}, and {room.bound} leaves "
+                f"{shown_size(room.free)}"
+            )
+
+
+def _torch_folder() -> Path:
+    """Where torch is, which is most of the code, without importing it."""
+    spec = find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else Path()
 
 
 def _fail(message: str) -> int:

@@ -62,8 +62,17 @@ class ServerConfig(BaseModel):
     vllm_metrics: bool = Field(
         default=True, description="Export metrics under vLLM's names too, for its dashboards"
     )
-    max_body_bytes: Size = Field(default=32 << 20, ge=1, description="Largest request body")
-    max_prompts: int = Field(default=1024, ge=1, description="Most prompts in one request")
+    max_body_bytes: Size = Field(
+        default=4 << 20,
+        ge=1,
+        description="Largest request body. Reading one may take a second of a core for each 4 MiB, "
+        "and 64 times its size in memory; 16 of the largest may be there at once",
+    )
+    max_prompts: int = Field(
+        default=256,
+        ge=1,
+        description="Most prompts in one request. Queueing more holds up streams",
+    )
     max_logprobs: int = Field(
         default=20, ge=-1, description="Most logprobs a request may ask for per token; -1: all"
     )

@@ -52,6 +52,16 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
+    def __reduce__(self) -> Any:
+        return _api_error, (
+            self.status,
+            self.message,
+            self.type,
+            self.param,
+            self.code,
+            self.headers,
+        )
+
     @property
     def body(self) -> dict[str, Any]:
         return {
@@ -67,13 +77,21 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=dict(self.headers or {}))
 
 
+def _api_error(  # what pickle calls
+    status: int, message: str, kind: str, param: str | None, code: str | None, headers: Any
+) -> ApiError:
+    return ApiError(status, message, kind, param=param, code=code, headers=headers)
+
+
 def to_api_error(error: BaseException) -> ApiError:
     """The status, type and code of anything that can go wrong."""
     match error:
         case ApiError():
             return error
-        case RequestValidationError() | ValidationError():
+        case RequestValidationError():
             return _validation_error(error.errors())
+        case ValidationError():
+            return _validation_error(error.errors(include_url=False))
         case InvalidRequest():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case Overloaded():
@@ -201,6 +219,6 @@ def _known_fields() -> dict[str, FieldInfo]:
 def _shown(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         text = str(value)
     return text if len(text) <= _SHOWN_VALUE else text[:_SHOWN_VALUE] + "…"

@@ -1,7 +1,6 @@
 """Run the server: a socket, uvicorn, and an end in steps."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from engine.client import EngineState
 from engine.core import EngineCore
 from engine.errors import ModelUnavailable
 from engine.load import load_engine
+from engine.memory import keep_collections_short
 from engine.models.source import locate
 from engine.prepare import ModelInfo
 from server.app import create_app
@@ -42,12 +42,14 @@ def serve(settings: Settings) -> int:
     amateur_name = settings.engine.amateur_model
     amateur = None if amateur_name is None else locate(amateur_name)
 
+    stopping, fetching = threading.Event(), threading.Lock()
+
     def load() -> tuple[EngineCore, ModelInfo]:
-        beside = None if amateur is None else (amateur.name, amateur.fetch())
-        loaded = load_engine(settings.engine, location.fetch(), beside)
-        # The garbage collector need not look through all modules again and again: that takes a
-        # tenth of a second, in which nothing is answered.
-        gc.freeze()
+        with fetching:
+            beside = None if amateur is None else (amateur.name, amateur.fetch(stopping))
+            folder = location.fetch(stopping)
+        loaded = load_engine(settings.engine, folder, beside)
+        keep_collections_short()
         return loaded
 
     config = settings.server
@@ -60,6 +62,7 @@ def serve(settings: Settings) -> int:
         config.served_model_name or [location.name],
         max_waiting=settings.engine.max_waiting,
         sampling=settings.sampling,
+        warm=True,
     )
     server = Server(app, host=config.host, port=config.port, max_files=raise_file_limit())
     # The engine may be in the middle of a long step, a worker in a long text.
@@ -72,7 +75,9 @@ def serve(settings: Settings) -> int:
         last.cancel()
     if server.state.engine.state is EngineState.LOADING:
         # The thread that loads is left behind, and inside torch it would not survive the
-        # interpreter's end.
+        # interpreter's end. First it removes what it has half downloaded or converted.
+        stopping.set()
+        fetching.acquire(timeout=_LAST_ANSWERS_S)
         _leave(server.exit_code)
     return server.exit_code
 

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from engine.config import EngineConfig
-from engine.models.source import Source, read_config
+from engine.models.source import read_config
+from engine.models.wheels import Source
 from engine.params import SamplingParams
 from server.config import ServerConfig
 

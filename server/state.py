@@ -7,13 +7,15 @@ from fastapi import Request
 
 from engine.client import AsyncEngine, EngineState
 from engine.errors import EngineDead, Overloaded
-from engine.params import SamplingParams, combinable
 from engine.prepare import ModelInfo
 from engine.tokenizer import Tokenizer
+from server.answers import fingerprint
 from server.auth import Keys
 from server.config import ServerConfig
+from server.inputs import Incoming, Input, Reader, defaults_of, quick, read
 from server.metrics import Metrics
 from server.unanswered import Unanswered
+from server.workers import Workers
 
 
 @dataclass(slots=True)
@@ -27,16 +29,42 @@ class ServerState:
     model_names: list[str]  # the first is the one replies carry
     created: int
     sampling: dict[str, Any] = field(default_factory=dict)  # the configuration's [sampling]
+    warm: bool = False  # start what reads bodies before anybody needs it
     ready: bool = True  # False from the first sign of a shutdown
     draining: bool = False  # True once no new requests are taken
     num_inflight: int = 0  # POST requests that are being answered
     unanswered: set[Unanswered] = field(default_factory=set)
-    _last_id: int = 0
+    body_bytes: int = 0  # of bodies in memory
+    workers: Workers = field(default_factory=Workers)
+    _last_number: int = 0
+    _reader: Reader | None = None
 
-    def unique_id(self, label: str) -> str:
-        """An id for the engine: clients may use the same label twice."""
-        self._last_id += 1
-        return f"{label}-{self._last_id}"
+    def next_number(self) -> int:
+        """Tells requests from one another for the engine: clients may use the same label twice."""
+        self._last_number += 1
+        return self._last_number
+
+    async def read(self, incoming: Incoming) -> Input:
+        """What a body asks for. Raises ApiError, and Overloaded or EngineDead without a model."""
+        reader = self.reader()
+        value = quick(incoming)
+        if value is not None:
+            return read(incoming, reader, value)
+        return await self.workers.read(incoming, reader)
+
+    def reader(self) -> Reader:
+        """What reads bodies. Raises Overloaded or EngineDead while there is no model."""
+        tokenizer, info = self.model()
+        if self._reader is None:
+            defaults = defaults_of(self.config, info, self.sampling)
+            self._reader = Reader(self.config, self.model_names, defaults, info, tokenizer)
+        return self._reader
+
+    def names(self) -> tuple[str, str]:
+        """The model's name, and what tells its answers from those of any other, for answers."""
+        _, info = self.model()
+        name = self.model_names[0]
+        return name, fingerprint(name, info)
 
     def drain(self) -> None:
         """Take no more requests, nor the rest of those that have not come whole."""
@@ -67,11 +95,6 @@ class ServerState:
     def stalled(self) -> bool:
         """Has the engine had work for too long without a step?"""
         return self.engine.stalled_for() > self.config.watchdog
-
-    def defaults(self, info: ModelInfo) -> dict[str, Any]:
-        """Sampling parameters that apply where a request gives none."""
-        recommended = info.sampling_defaults if self.config.generation_config else {}
-        return combinable(recommended, SamplingParams.model_validate(self.sampling)) | self.sampling
 
 
 def shutting_down() -> Overloaded:

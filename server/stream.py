@@ -10,9 +10,11 @@ from starlette.types import Receive, Scope, Send
 
 from engine.client import Generation
 from engine.messages import Delta, Finished
+from server.answers import is_long
 from server.config import ServerConfig
 from server.errors import to_api_error
 from server.unanswered import deadline_exceeded
+from server.whole import parts_of
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _DONE = b"data: [DONE]\n\n"
@@ -65,7 +67,11 @@ class EventStream(StreamingResponse):
                     yield _KEEP_ALIVE
                     continue
                 for chunk in self._chunks(message):
-                    yield event(chunk)
+                    if isinstance(message, Delta) and is_long(message.prompt, message.tokens):
+                        for part in (b"data: ", *await parts_of(chunk), b"\n\n"):
+                            yield part
+                    else:
+                        yield event(chunk)
             for chunk in self._end():
                 yield event(chunk)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client must be told

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.models.source import Source, locate, read_config
+from engine.models.source import locate, read_config
+from engine.models.wheels import Source
 from engine.tokenizer import Tokenizer
 from tests.support import tiny
 from tests.support.engines import tiny_tokenizer
@@ -21,6 +22,17 @@ _CORES = max(1, torch.get_num_threads() // _WORKERS)  # for this process
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread for tiny tensors: more of them wait for each other, and for other processes."""
     torch.set_num_threads(1 if item.get_closest_marker("slow") is None else _CORES)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what makes cgroups, unless it is named.
+
+    An `-m` among the options in pyproject.toml would be replaced by one on the command line.
+    """
+    if "cgroup" not in config.option.markexpr:
+        needs = {item: item.get_closest_marker("cgroup") is not None for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if needs[item]])
+        items[:] = [item for item in items if not needs[item]]
 
 
 @pytest.fixture(scope="session")

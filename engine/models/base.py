@@ -69,6 +69,7 @@ class Model(Protocol):
     """A decoder: `forward` and `logits` are all the engine calls."""
 
     vocab_size: int
+    hidden_size: int
     context_len: int  # the longest sequence it was made for
     dtype: torch.dtype
     kv_shapes: list[KVShape]  # one per layer that attends

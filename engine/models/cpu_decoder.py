@@ -48,6 +48,7 @@ class CpuDecoder:
         self.config = config
         self.dtype = dtype
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self.context_len = config.context_len
         shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
         self.kv_shapes = [shape] * len(layers)

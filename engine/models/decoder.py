@@ -75,6 +75,7 @@ class Decoder:
         self.silu = RowByRow(F.silu) if batch_invariant else F.silu
         self.dtype = norm.dtype
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self.context_len = config.context_len
         shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
         self.kv_shapes = [shape] * len(layers)

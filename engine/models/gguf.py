@@ -5,10 +5,8 @@ turning its quantised blocks into numbers; the folder loads in one. Weights beco
 of Q4_1, say, holds products of a 16-bit scale and offset that no 16-bit number holds.
 """
 
-import hashlib
 import json
-import shutil
-import tempfile
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +15,16 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from engine.errors import ModelUnavailable
 from engine.models.gguf_tokenizer import tokenizer_files
-from engine.models.weights import GROUPS_FILE
+from engine.models.scratch import Scratch
+from engine.models.tensor_file import GROUPS_FILE, INDEX_FILE, Planned, write
 
-_FORMAT = 2  # raise it when conversions made before must not be used any more
 _SHARD_BYTES = 2 << 30
+_PIECE_BYTES = 4 << 20
 
 Metadata = dict[str, Any]
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +92,17 @@ _LAYER_NAMES = {
 
 _HEADS = ("num_key_value_heads", "num_attention_heads")  # of keys, of queries
 
+_KINDS = gguf.GGMLQuantizationType
+_GROUP = 32
+_CODE_BYTES = {_KINDS.Q4_0: 16, _KINDS.Q4_1: 16, _KINDS.Q8_0: 32}  # of a group
 
-def convert(path: Path, cache: Path) -> Path:
-    """The Hugging Face folder of a GGUF file, made in `cache` the first time.
 
-    Raises ModelUnavailable if the file is broken or holds something that cannot be served.
+def convert(path: Path, folder: Path, scratch: Scratch) -> None:
+    """Write a GGUF file's Hugging Face folder, which exists and is empty.
+
+    The file is mapped meanwhile, so nobody else may have it. Raises ModelUnavailable if it is
+    broken, holds something that cannot be served, or finds no room on the disk; OSError.
     """
-    stat = path.stat()
-    key = f"{_FORMAT}:{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    folder = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        _convert(path, scratch)
-        scratch.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process has just made the same
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
-
-
-def _convert(path: Path, folder: Path) -> None:
     try:
         reader = gguf.GGUFReader(path)
         metadata: Metadata = {
@@ -128,10 +110,12 @@ def _convert(path: Path, folder: Path) -> None:
             for name, field in reader.fields.items()
             if not name.startswith("GGUF.")
         }
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of any kind: lengths and types are whatever the file says
         raise ModelUnavailable(f"{path.name} is not a readable GGUF file: {error}") from error
     prefix = metadata.get("general.architecture", "")
-    architecture = ARCHITECTURES.get(prefix)
+    architecture = ARCHITECTURES.get(prefix) if isinstance(prefix, str) else None
     if architecture is None:
         raise ModelUnavailable(
             f"{path.name} holds a {prefix or 'nameless'} model; of GGUF files, only "
@@ -148,11 +132,38 @@ def _convert(path: Path, folder: Path) -> None:
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": sorted({end for end in ends if end is not None}),
     }
-    _save_weights(tensors, config, architecture, folder)
-    _save_groups(tensors, config, architecture, folder)
-    files = {"config.json": config, "generation_config.json": generation}
-    for name, content in (files | tokenizer).items():
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    files = {"config.json": config, "generation_config.json": generation} | tokenizer
+    shards, groups = _planned(tensors, config, architecture)
+    files[INDEX_FILE] = {
+        "metadata": {},
+        "weight_map": {tensor.name: file for file, shard in shards.items() for tensor in shard},
+    }
+    texts = {
+        name: content if isinstance(content, str) else json.dumps(content)
+        for name, content in files.items()
+    }
+    if groups:
+        shards[GROUPS_FILE] = groups
+    _write(texts, shards, folder, path.name, scratch)
+
+
+def _write(
+    texts: dict[str, str],
+    tensors: dict[str, list[Planned]],
+    folder: Path,
+    name: str,
+    scratch: Scratch,
+) -> None:
+    weights = sum(tensor.nbytes for planned in tensors.values() for tensor in planned)
+    size = weights + sum(len(text.encode()) for text in texts.values())
+    with (
+        scratch.room(size, f"{name}, converted,"),
+        scratch.progress(weights, "converting") as go_on,
+    ):
+        for file, planned in tensors.items():
+            write(folder / file, planned, go_on)
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def _config(
@@ -203,7 +214,7 @@ def _rope_scaling(
     return None
 
 
-def _llama3_scaling(divisors: Array, theta: float, head_dim: int) -> dict[str, Any]:
+def _llama3_scaling(divisors: NDArray[np.float32], theta: float, head_dim: int) -> dict[str, Any]:
     """The Llama 3 scaling whose divisors of the angles a file holds in place of its name."""
     angles = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     wavelengths = 2 * np.pi / angles
@@ -225,89 +236,106 @@ def _llama3_scaling(divisors: Array, theta: float, head_dim: int) -> dict[str, A
 # -- weights
 
 
-def _save_weights(
-    tensors: dict[str, Any], config: dict[str, Any], architecture: Architecture, folder: Path
-) -> None:
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(_shards(tensors, config, architecture)):
-        name = f"model-{number:05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A tensor of the file, with its rows in Hugging Face's order."""
+
+    name: str  # Hugging Face's
+    kind: Any
+    shape: tuple[int, ...]
+    rows: NDArray[Any]  # as the file holds them
+    order: NDArray[np.int64] | None  # None: as they are
+    offset: float  # what the file has added
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """Some rows after the other, so that memory for a few megabytes of numbers is enough."""
+        step = max(1, _PIECE_BYTES // (4 * math.prod(self.shape[1:])))
+        for start in range(0, len(self.rows), step):
+            part = slice(start, start + step)
+            yield self.rows[part] if self.order is None else self.rows[self.order[part]]
+
+    def floats(self) -> Iterator[NDArray[np.float32]]:
+        for rows in self.pieces():
+            try:
+                values = gguf.dequantize(rows, self.kind).astype(np.float32, copy=False)
+            except NotImplementedError as error:
+                raise ModelUnavailable(
+                    f"tensors of type {self.kind.name} are not read from GGUF"
+                ) from error
+            yield values - np.float32(self.offset) if self.offset else values
+
+    def group_parts(self) -> list[Planned]:
+        """Its codes as they are, for kernels that multiply by them; none if it has no such codes.
+
+        A weight is d·code + m. Two codes of 4 bits share a byte: entries i and i + 16 of a group.
+        """
+        if self.kind not in _CODE_BYTES or len(self.shape) != 2:
+            return []
+        num_rows, columns = self.shape
+        num_groups = columns // _GROUP
+        shapes = {"codes": num_groups * _CODE_BYTES[self.kind], "d": num_groups, "m": num_groups}
+        if self.kind is _KINDS.Q8_0:
+            del shapes["m"]
+
+        def pieces(part: str) -> Callable[[], Iterator[NDArray[Any]]]:
+            return lambda: (self._group_part(part, rows) for rows in self.pieces())
+
+        return [
+            Planned(
+                f"{self.name}.{part}",
+                "uint8" if part == "codes" else "float16",
+                (num_rows, width),
+                pieces(part),
+            )
+            for part, width in shapes.items()
+        ]
+
+    def _group_part(self, part: str, rows: NDArray[Any]) -> NDArray[Any]:
+        blocks = rows.reshape(len(rows), -1, gguf.GGML_QUANT_SIZES[self.kind][1])
+        if part == "codes":
+            codes = blocks[..., -_CODE_BYTES[self.kind] :].reshape(len(rows), -1)
+            return codes ^ 0x80 if self.kind is _KINDS.Q8_0 else codes
+        at = 2 if part == "m" and self.kind is _KINDS.Q4_1 else 0
+        scales = blocks[..., at : at + 2].copy().view(np.float16)[..., 0]
+        if part == "m" and self.kind is _KINDS.Q4_0:
+            return (-8 * scales.astype(np.float32)).astype(np.float16)
+        return scales
 
 
-def _shards(
+def _planned(
     tensors: dict[str, Any], config: dict[str, Any], architecture: Architecture
-) -> Iterator[dict[str, Array]]:
-    shard: dict[str, Array] = {}
+) -> tuple[dict[str, list[Planned]], list[Planned]]:
+    """The tensors of each file of weights, and those of the file of codes."""
+    shards: list[list[Planned]] = [[]]
+    groups: list[Planned] = []
     size = 0
-    for name, tensor in tqdm(
-        tensors.items(), unit="tensor", desc="converting", leave=False, disable=None
-    ):
+    for name, tensor in tensors.items():
         if name == "rope_freqs.weight":  # in the config by now
             continue
-        try:
-            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ModelUnavailable(
-                f"tensors of type {tensor.tensor_type.name} are not read from GGUF"
-            ) from error
-        weight = weight.astype(np.float32, copy=False)
-        ours = _name(name, architecture)
-        weight = _in_order(weight, name, config, architecture)
-        if ours.endswith("norm.weight"):
-            weight = weight - np.float32(architecture.norm_offset)
-        if size and size + weight.nbytes > _SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[ours] = np.ascontiguousarray(weight)
-        size += weight.nbytes
-    yield shard
+        weight = _weight(tensor, config, architecture)
+        floats = Planned(weight.name, "float32", weight.shape, weight.floats)
+        if size and size + floats.nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(floats)
+        size += floats.nbytes
+        groups += weight.group_parts()
+    return {f"model-{at:05}.safetensors": shard for at, shard in enumerate(shards)}, groups
 
 
-def _save_groups(
-    tensors: dict[str, Any], config: dict[str, Any], architecture: Architecture, folder: Path
-) -> None:
-    """The codes of weights in groups of 32, as they are, for kernels that multiply by them."""
-    parts: dict[str, NDArray[Any]] = {}
-    for name, tensor in tensors.items():
-        if (groups := _groups(tensor)) is not None:
-            for part, values in groups.items():
-                in_order = _in_order(values, name, config, architecture)
-                parts[f"{_name(name, architecture)}.{part}"] = np.ascontiguousarray(in_order)
-    if parts:
-        save_file(parts, folder / GROUPS_FILE)
-
-
-def _groups(tensor: Any) -> dict[str, NDArray[Any]] | None:
-    """Codes and scales of a tensor [N, K]; None if it is of another kind.
-
-    A weight is d·code + m. Two codes of 4 bits share a byte: entries i and i + 16 of a group.
-    """
-    kinds = gguf.GGMLQuantizationType
-    kind = tensor.tensor_type
-    if kind not in (kinds.Q4_0, kinds.Q4_1, kinds.Q8_0) or len(tensor.shape) != 2:
-        return None
-    num_rows = int(tensor.shape[1])
-    blocks = tensor.data.reshape(num_rows, -1, gguf.GGML_QUANT_SIZES[kind][1])
-    d = blocks[..., :2].copy().view(np.float16)[..., 0]
-    if kind is kinds.Q8_0:
-        return {"codes": (blocks[..., 2:] ^ 0x80).reshape(num_rows, -1), "d": d}
-    if kind is kinds.Q4_1:
-        m = blocks[..., 2:4].copy().view(np.float16)[..., 0]
-    else:
-        m = (-8 * d.astype(np.float32)).astype(np.float16)
-    return {"codes": blocks[..., -16:].reshape(num_rows, -1), "d": d, "m": m}
-
-
-def _in_order(
-    rows: NDArray[Any], name: str, config: dict[str, Any], architecture: Architecture
-) -> NDArray[Any]:
-    """A tensor's rows in Hugging Face's order."""
-    if not architecture.permuted or not (".attn_q." in name or ".attn_k." in name):
-        return rows
-    return _unpermuted(rows, config[_HEADS[".attn_q." in name]])
+def _weight(tensor: Any, config: dict[str, Any], architecture: Architecture) -> _Weight:
+    name = str(tensor.name)
+    ours, order = _name(name, architecture), None
+    if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
+        order = _unpermuted(np.arange(len(tensor.data)), config[_HEADS[".attn_q." in name]])
+    return _Weight(
+        name=ours,
+        kind=tensor.tensor_type,
+        shape=tuple(int(size) for size in reversed(tensor.shape)),
+        rows=tensor.data,
+        order=order,
+        offset=architecture.norm_offset if ours.endswith("norm.weight") else 0.0,
+    )
 
 
 def _name(name: str, architecture: Architecture) -> str:
@@ -322,7 +350,6 @@ def _name(name: str, architecture: Architecture) -> str:
     return f"model.layers.{block}.{known[rest]}.{suffix}"
 
 
-def _unpermuted(weight: NDArray[Any], heads: int) -> NDArray[Any]:
+def _unpermuted(rows: NDArray[np.int64], heads: int) -> NDArray[np.int64]:
     """From llama.cpp's row order, where pairs that turn together are neighbours, to halves."""
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+    return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

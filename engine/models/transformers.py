@@ -7,12 +7,15 @@ outside that function (mixing tokens, say) would break this, so a model is tried
 its own plain forward pass, and refused if the two differ.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -21,6 +24,7 @@ from engine.attention.torch_paged import LayerCache, Span
 from engine.errors import ModelUnavailable
 from engine.kernels.linear import Linear
 from engine.models.base import ForwardInput, Head, KVShape, Query, RowByRow, head_dtype
+from engine.models.weights import old_files, unread_tensors
 
 _NAME = "logitmill"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -126,7 +130,7 @@ class TransformersModel:
         text = config.get_text_config(decoder=True)
         kind = config.model_type
         _refuse_by_config(config, text)
-        model = _load(folder, kind, dtype)
+        model = _load(folder, config, dtype)
         if getattr(model, "_is_stateful", False):
             raise ModelUnavailable(f"{kind} keeps a state instead of keys and values")
         self._model = model.to(device).eval()
@@ -134,6 +138,7 @@ class TransformersModel:
         self._device = device
         self.dtype = dtype
         self.vocab_size = int(text.vocab_size)
+        self.hidden_size = int(text.hidden_size)
         self._softcap = getattr(text, "final_logit_softcapping", None)
         self._factor = getattr(text, "logit_scale", None) or 1.0
         self._factor /= getattr(text, "logits_scaling", None) or 1.0
@@ -278,34 +283,84 @@ class TransformersModel:
         return kv_shapes
 
 
-def _load(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    kind = config.model_type
+    tensors = _state_dict(folder)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, in a line
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+        with torch.device("meta"):  # takes no memory
+            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _refuse_by_shape(outline, tensors)
+        with _quiet():
+            model, found = type(outline).from_pretrained(
+                None,
+                config=outline.config,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, in a line
+            )
+    except ModelUnavailable:
+        raise
+    except Exception as error:  # of any kind: a config.json may say anything
         reason = str(error).strip().split("\n")[0]
         raise ModelUnavailable(f"{kind} cannot be loaded: {reason}") from error
     # Both are filled with random numbers, and a warning.
     for name, ours, wanted in sorted(found["mismatched_keys"]):
-        raise ModelUnavailable(
-            f"tensor {name!r} is {list(ours)}; with this config.json it would be {list(wanted)}"
-        )
+        raise _misshapen(name, ours, wanted)
     for name in sorted(found["missing_keys"]):
         raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
     return model
+
+
+def _refuse_by_shape(outline: nn.Module, tensors: dict[str, Any]) -> None:
+    """Refuse what is found to be wrong before memory is taken for all that a config.json asks for.
+
+    Not all is, because some families' tensors get other names and shapes on the way.
+    """
+    wanted = outline.state_dict()
+    for name in sorted(tensors.keys() & wanted.keys()):
+        if tuple(tensors[name].shape) != tuple(wanted[name].shape):
+            raise _misshapen(name, tensors[name].shape, wanted[name].shape)
+    size = sum(parameter.numel() for parameter in outline.parameters())
+    found = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if size > 2 * found:
+        raise ModelUnavailable(
+            f"with this config.json the model has {size} weights, and the checkpoint has {found}"
+        )
+
+
+def _misshapen(name: str, shape: Sequence[int], wanted: Sequence[int]) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"tensor {name!r} is {list(shape)}; with this config.json it would be {list(wanted)}"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables and bars of `transformers`: what is wrong is told in one line."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.enable_progress_bar()
+        transformers.logging.set_verbosity(before)
+
+
+def _state_dict(folder: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint, which `transformers` itself would leave mapped to the files."""
+    if not (old := old_files(folder)):
+        return dict(unread_tensors(folder))
+    tensors: dict[str, Any] = {}
+    for file in old:
+        try:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        except Exception as error:  # of any kind: it is a program for a small machine
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelUnavailable(f"{file} cannot be read: {reason}") from error
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def _refuse_by_config(config: Any, text: Any) -> None:

@@ -82,7 +82,8 @@ class Branch(NamedTuple):
 
     A parent with one branch continues, with several it is forked, with none it is dropped. The
     tokens of a draft are pending: nobody hears of them and nothing ends by them until a later
-    branch settles them. A branch that sleeps is not computed until a later branch of it does not.
+    branch settles them. A branch that sleeps is not computed until a later branch of it does not;
+    one that is asleep already and has no branch sleeps on, until one drops it or the group ends.
     """
 
     parent: Sequence
@@ -92,6 +93,7 @@ class Branch(NamedTuple):
     draft: bool = False
     settle: bool = True  # do the parent's pending tokens count from now on?
     asleep: bool = False
+    dropped: bool = False
     seed: int | None = None  # for draws of its own
 
 

@@ -72,7 +72,7 @@ class _Memory:
     coverage: Tensor | None = None  # [prompt length]: attention received so far
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Step:
     """A beam, and which of its candidates would extend it."""
 
@@ -213,15 +213,18 @@ class Beam(Plain):
         beam_of = np.repeat(np.arange(len(beams)), sizes)
         steps: list[_Step] = []
         num_going = 0
+        last = live[0].num_generated + 1 >= group.max_tokens  # where none goes on
         for at in order.tolist():
             index, sequence, memory = beams[beam_of[at]]
-            kept = replace(memory, total=float(totals[at]))
-            step = _Step(sequence, view.top[index], int(places[at]), kept)
+            step = _Step(sequence, view.top[index], int(places[at]), memory)
             if view.ends(sequence, Token(step.token_id, "")):
-                step = replace(step, ends=True)
+                if len(steps) >= group.size:
+                    continue
+                step.ends = True
+            step.memory = replace(memory, total=float(totals[at]))
             steps.append(step)
             num_going += not step.ends
-            if num_going >= group.size and len(steps) >= group.size:
+            if len(steps) >= group.size and (num_going >= group.size or last):
                 break
         return steps
 

@@ -7,14 +7,18 @@ hypotheses of a length in one step and ends as transformers does.
 """
 
 import heapq
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from engine.messages import NO_VALID_TOKEN, Request, Token
+from engine.params import max_waiting
 from engine.strategies.base import Branch, Plain, View, Wants
 from engine.strategies.beam import Score
 from engine.types import Sequence
+
+_FEW = 64  # forgotten hypotheses that are not worth clearing away
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +55,72 @@ BEST_FIRST = Parts(lambda one: (-one.total,))
 A_STAR = Parts(lambda one: (-one.bound,))
 
 
-@dataclass(order=True, frozen=True, slots=True)
+@dataclass(order=True, slots=True)
 class _Entry:
     key: tuple[float, ...]
     number: int  # of equals, the first that was found
     hypothesis: Hypothesis = field(compare=False)
+    waits: bool = field(default=True, compare=False)
+
+
+class _Waiting:
+    """Hypotheses that wait to be taken up: of each length no more than can still be.
+
+    A step costs what it adds, however many wait: those that are forgotten stay in the heap until
+    they are half of it.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self.width = width  # of a length, how many are ever taken up
+        self.taken: Counter[int] = Counter()  # by length
+        self.heap: list[_Entry] = []
+        self.lengths: dict[int, list[_Entry]] = {}  # sorted
+        self.of_parent: Counter[Sequence] = Counter()
+        self.left: set[Sequence] = set()  # parents of whom the last has been forgotten
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def push(self, entry: _Entry) -> None:
+        length, parent = entry.hypothesis.length, entry.hypothesis.parent
+        its = self.lengths.setdefault(length, [])
+        insort(its, entry)
+        heapq.heappush(self.heap, entry)
+        self.count += 1
+        self.of_parent[parent] += 1
+        self.left.discard(parent)
+        if self.width is not None and len(its) > self.width - self.taken[length]:
+            self._remove(its[-1])
+
+    def pop(self) -> _Entry:
+        """The first in order. Raises IndexError if none waits."""
+        while not (entry := heapq.heappop(self.heap)).waits:
+            pass
+        self.taken[entry.hypothesis.length] += 1
+        self._remove(entry)
+        return entry
+
+    def shrink(self, most: int) -> None:
+        """Forget the last of the shortest until no more than so many wait."""
+        while self.count > most:
+            self._remove(self.lengths[min(self.lengths)][-1])
+
+    def _remove(self, entry: _Entry) -> None:
+        length, parent = entry.hypothesis.length, entry.hypothesis.parent
+        its = self.lengths[length]
+        del its[bisect_left(its, entry)]
+        if not its:
+            del self.lengths[length]
+        entry.waits = False
+        self.count -= 1
+        self.of_parent[parent] -= 1
+        if not self.of_parent[parent]:
+            del self.of_parent[parent]
+            self.left.add(parent)
+        if len(self.heap) > 2 * self.count + _FEW:
+            self.heap = [one for one in self.heap if one.waits]
+            heapq.heapify(self.heap)
 
 
 class Search(Plain):
@@ -73,12 +138,11 @@ class Search(Plain):
         self.n = params.n
         self.size = params.beams
         self.max_tokens = request.max_tokens
-        self.memory = params.beam_memory
+        self.memory = params.beam_memory or max_waiting(request.max_tokens)
         self.score = Score(request)
         # What ends may be worth less than what is less likely, but goes on.
         self.wants = Wants(top=self.size, going=self.size if request.ends else 0)
-        self.queue: list[_Entry] = []
-        self.taken: Counter[int] = Counter()  # by length
+        self.waiting = _Waiting(self.size if parts.limited else None)
         self.num_entries = 0
         self.num_results = 0
         self.num_expansions = 0
@@ -89,29 +153,31 @@ class Search(Plain):
         for candidate in view.top[0]:
             total = expanded.score + candidate.logprob
             self._push(self._hypothesis(expanded, candidate.token, total, view))
-        self._forget()
+        self.waiting.shrink(self.memory)
         branches: list[Branch] = []
-        while self.queue and not self.parts.enough(self.num_results, self.n):
-            entry = heapq.heappop(self.queue)
+        while self.waiting and not self.parts.enough(self.num_results, self.n):
+            entry = self.waiting.pop()
             one = entry.hypothesis
-            if self.parts.limited and self.taken[one.length] >= self.size:
-                continue
-            self.taken[one.length] += 1
             if one.ended and one.length < self.max_tokens:
                 self._push(replace(one, length=one.length + 1), entry.number)
                 continue
             branches.append(Branch(one.parent, (one.token,), score=one.total))
             if not one.ended:
-                return branches + self._waiting()
+                return branches + self._rest(expanded, branches)
             self.num_results += 1
         if branches or self.num_results:
             return branches
         return [Branch(expanded, (Token(NO_VALID_TOKEN, ""),))]
 
-    def _waiting(self) -> list[Branch]:
-        """Those whose extensions may still be taken up sleep."""
-        parents = {id(entry.hypothesis.parent): entry.hypothesis.parent for entry in self.queue}
-        return [Branch(parent, asleep=True) for parent in parents.values()]
+    def _rest(self, expanded: Sequence, branches: list[Branch]) -> list[Branch]:
+        """What becomes of parents: those whose extensions may still be taken up sleep."""
+        seen = [expanded, *(branch.parent for branch in branches)]
+        left, self.waiting.left = self.waiting.left.difference(seen), set()
+        sleepers = [one for one in dict.fromkeys(seen) if one in self.waiting.of_parent]
+        return [
+            *(Branch(one, asleep=True) for one in sleepers),
+            *(Branch(one, dropped=True) for one in left),
+        ]
 
     def _hypothesis(self, parent: Sequence, token: Token, total: float, view: View) -> Hypothesis:
         length = parent.num_generated + 1
@@ -124,25 +190,7 @@ class Search(Plain):
     def _push(self, one: Hypothesis, number: int | None = None) -> None:
         self.num_entries += 1
         number = self.num_entries if number is None else number
-        heapq.heappush(self.queue, _Entry(self.parts.order(one), number, one))
-
-    def _forget(self) -> None:
-        """Drop what can no longer be taken up, and what there is no memory for."""
-        kept = sorted(self.queue)
-        if self.parts.limited:
-            places = {one: self.size - count for one, count in self.taken.items()}
-            within: list[_Entry] = []
-            for entry in kept:
-                length = entry.hypothesis.length
-                left = places.get(length, self.size)
-                places[length] = left - 1
-                if left > 0:
-                    within.append(entry)
-            kept = within
-        while self.memory and len(kept) > self.memory:
-            shortest = min(entry.hypothesis.length for entry in kept)
-            kept.remove(max(entry for entry in kept if entry.hypothesis.length == shortest))
-        self.queue = kept  # sorted, so it is a heap
+        self.waiting.push(_Entry(self.parts.order(one), number, one))
 
     def rank(self, finished: list[Sequence]) -> list[Sequence]:
         for sequence in finished:

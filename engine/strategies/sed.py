@@ -57,9 +57,7 @@ class SelfEvaluation(Plain):
         drafts: list[Branch] = []
         for index, sequence in enumerate(live):
             drafts += self._try_on(self.tries[sequence.memory], sequence, index, view)
-        if drafts:
-            return [*drafts, Branch(self.main, asleep=True)]
-        return [self._decide()]
+        return drafts or [self._decide()]
 
     def _go_on(self, sequence: Sequence, view: View) -> list[Branch]:
         """The ordinary choice, or the tries that a chaotic point asks for."""

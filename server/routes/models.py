@@ -1,16 +1,15 @@
 """The served models and their tokenizer."""
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from engine.client import EngineState
-from engine.errors import InvalidRequest
-from server.body import JSONRoute
-from server.chat import encode_for_tokenize
+from server.body import JSONRequest, JSONRoute
 from server.errors import ApiError
+from server.inputs import TOKENIZER_INFO, Incoming
 from server.schemas import DetokenizeRequest, TokenizeRequest
-from server.serving import check_fields, in_thread_if_long, until_chats_render
 from server.state import ServerState, state_of
 
 router = APIRouter(route_class=JSONRoute)
@@ -53,58 +52,22 @@ def _entry(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.post("/tokenize")
 @router.post("/v1/tokenize")
-async def tokenize(request: Request, response: Response, body: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(request: JSONRequest, _body: TokenizeRequest) -> Response:
     """Text or messages to token ids."""
-    state = state_of(request)
-    response.headers.update(check_fields(body, state))
-    tokenizer, info = state.model()
-    if body.messages is not None:
-        await until_chats_render(tokenizer)
-    size = len(body.prompt or "") + sum(len(str(m.content)) for m in body.messages or ())
-    tokens: list[int] = await in_thread_if_long(size, encode_for_tokenize, body, tokenizer)
-    strings = [tokenizer.text_of(token_id) for token_id in tokens]
-    return {
-        "count": len(tokens),
-        "max_model_len": info.context_len,
-        "tokens": tokens,
-        "token_strs": strings if body.return_token_strs else None,
-    }
+    return Response(request.found.answer, media_type="application/json")
 
 
 @router.post("/detokenize")
 @router.post("/v1/detokenize")
-async def detokenize(
-    request: Request, response: Response, body: DetokenizeRequest
-) -> dict[str, str]:
+async def detokenize(request: JSONRequest, _body: DetokenizeRequest) -> Response:
     """Token ids to text, special tokens included."""
-    state = state_of(request)
-    response.headers.update(check_fields(body, state))
-    tokenizer, info = state.model()
-    for index, token_id in enumerate(body.tokens):
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidRequest(
-                f"tokens[{index}] is {token_id}, which is not a token id: they run from 0 to "
-                f"{info.vocab_size - 1}",
-                f"tokens[{index}]",
-                "invalid_token_id",
-            )
-    text: str = await in_thread_if_long(len(body.tokens), tokenizer.decode, body.tokens)
-    return {"prompt": text}
+    return Response(request.found.answer, media_type="application/json")
 
 
-@router.get("/tokenizer_info")
-async def tokenizer_info(request: Request) -> dict[str, Any]:
+@router.get(TOKENIZER_INFO)
+async def tokenizer_info(request: Request) -> Response:
     """What a client needs to know to use the tokenizer from afar."""
-    tokenizer, info = state_of(request).model()
-    await until_chats_render(tokenizer)
-    return {
-        "tokenizer_class": type(tokenizer.hf).__name__,
-        "bos_token": tokenizer.hf.bos_token,
-        "eos_token": tokenizer.hf.eos_token,
-        "pad_token": tokenizer.hf.pad_token,
-        "unk_token": tokenizer.hf.unk_token,
-        "chat_template": tokenizer.hf.chat_template,
-        "model_max_length": info.context_len,
-        "vocab_size": info.vocab_size,
-        "add_bos_token": tokenizer.adds_bos,
-    }
+    state, log = state_of(request), request.state.log
+    asked = Incoming(TOKENIZER_INFO, b"{}", log.request_id, state.next_number(), time.monotonic())
+    found = await state.read(asked)
+    return Response(found.answer, media_type="application/json")

@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.messages import Request, TraceWish
-from engine.params import SamplingParams
+from engine.params import MAX_WAITING_TOKENS, SamplingParams
 from engine.prepare import MAX_BAD_WORD_TOKENS, ModelInfo, Output, prepare
 from engine.rng import derive
 from engine.tokenizer import Tokenizer
@@ -234,6 +234,15 @@ def test_a_trace_counts_as_rows_too(tokenizer: Tokenizer) -> None:
 
 
 # -- what is resolved
+
+
+def test_no_more_hypotheses_wait_than_there_is_memory_for(tokenizer: Tokenizer) -> None:
+    search = {"use_beam_search": True, "beam_width": 4, "beam_strategy": "best_first"}
+    most = MAX_WAITING_TOKENS // 8
+    prepared(tokenizer, max_tokens=8, beam_memory=most, **search)
+    with pytest.raises(InvalidRequest, match=f"at most {most}, .* 8 tokens .*{most + 1}") as caught:
+        prepared(tokenizer, max_tokens=8, beam_memory=most + 1, **search)
+    assert caught.value.param == "beam_memory"
 
 
 def test_special_tokens_named_as_stop_strings_become_stop_tokens(tokenizer: Tokenizer) -> None:

@@ -2,19 +2,22 @@
 
 import ctypes
 import mmap
+import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from engine import runner
+from engine import machine, runner
 from engine.attention.torch_paged import Span
 from engine.config import EngineConfig
 from engine.errors import ModelUnavailable
+from engine.machine import Room
+from engine.memory import Backing
 from engine.models.base import KVShape
-from engine.runner import Runner, choose_device, count_blocks, free_memory
+from engine.runner import CacheSize, Runner, choose_device, count_blocks, free_memory
 from engine.strategies.sampling import Sampling
 from engine.text import Detokenizer, TextStream
 from engine.tokenizer import Tokenizer
@@ -74,7 +77,7 @@ def test_a_prompt_is_read_at_its_end_unless_its_request_wants_more(tokenizer: To
 def num_resident(tensor: torch.Tensor) -> int:
     """How many of the pages that lie within a tensor are in memory."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = tensor.nbytes // mmap.PAGESIZE * mmap.PAGESIZE - mmap.PAGESIZE
+    length = max(tensor.nbytes // mmap.PAGESIZE - 1, 0) * mmap.PAGESIZE
     pages = (ctypes.c_ubyte * (length // mmap.PAGESIZE))()
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), pages) == 0
     return sum(page & 1 for page in pages)
@@ -91,6 +94,33 @@ def test_the_caches_memory_is_there_before_it_is_needed_and_as_it_was(tokenizer:
         assert num_resident(tensor) == tensor.nbytes // mmap.PAGESIZE - 1
     assert torch.equal(keys[:8], written)
     assert not keys[8:].any()
+
+
+def test_a_busy_engine_stays_ahead_of_what_is_used() -> None:
+    """By 4 MiB of each tensor, a part a step; after a step of many tokens by as much as it used."""
+    part, page = 4 << 20, mmap.PAGESIZE
+    tensors = [torch.from_numpy(np.zeros(16 * part, dtype=np.uint8)) for _ in range(3)]
+    backing = Backing(tensors)
+
+    def are_backed(count: int) -> bool:
+        """Are the first `count` parts of all tensors there, and those behind the next not?"""
+        begun = [num_resident(tensor[: count * part]) for tensor in tensors]
+        behind = [num_resident(tensor[(count + 1) * part :]) for tensor in tensors]
+        return min(begun) >= count * part // page - 2 and max(behind) <= 2 * (2 << 20) // page
+
+    assert are_backed(0)
+    for _ in range(12):
+        backing.keep_ahead(0.5 / 16)  # half of the first part is in use
+    assert are_backed(2)
+    backing.keep_ahead(6.5 / 16)
+    for _ in range(12):
+        backing.keep_ahead(6.5 / 16)
+    assert are_backed(8)
+    while backing.more():
+        pass
+    assert are_backed(16)
+    backing.keep_ahead(1.0)
+    assert backing.nbytes == 3 * 16 * part
 
 
 def test_keys_are_written_where_the_block_table_says(tokenizer: Tokenizer) -> None:
@@ -139,23 +169,41 @@ def test_every_layer_has_a_cache_of_its_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "blocks"),
+    ("settings", "blocks", "bound"),
     [
-        ({"kv_cache_memory": 10 * 4 * TOKEN_BYTES}, 10),
-        ({"kv_cache_memory": 11 * 4 * TOKEN_BYTES - 1}, 10),
-        ({"kv_cache_memory": "1TB", "max_num_seqs": 2}, 2 * 64),  # two full contexts of 256
-        ({"kv_cache_memory": "1TB", "max_num_seqs": 2, "max_model_len": 10}, 2 * 3),
-        ({"kv_cache_memory": "1TB", "max_num_seqs": 1, "max_model_len": 9999}, 64),
-        ({"kv_cache_fraction": 0.5, "max_num_seqs": 64}, 50),
-        ({"kv_cache_fraction": 0.25, "max_num_seqs": 64}, 25),
+        ({"kv_cache_memory": 10 * 4 * TOKEN_BYTES}, 10, "--kv-cache-memory"),
+        ({"kv_cache_memory": 11 * 4 * TOKEN_BYTES - 1}, 10, "--kv-cache-memory"),
+        # One full context of 256.
+        ({"kv_cache_memory": "1TB", "max_num_seqs": 1}, 64, "all that --max-num-seqs 1 can use"),
+        (
+            {"kv_cache_memory": "1TB", "max_num_seqs": 2, "max_model_len": 10},
+            2 * 3,
+            "all that --max-num-seqs 2 can use",
+        ),
+        (
+            {"kv_cache_memory": "1TB", "max_num_seqs": 1, "max_model_len": 9999},
+            64,
+            "all that --max-num-seqs 1 can use",
+        ),
+        (
+            {"kv_cache_fraction": 0.5, "max_num_seqs": 64},
+            50,
+            "50% of the 87.5 KiB that the box leaves",
+        ),
+        (
+            {"kv_cache_fraction": 0.25, "max_num_seqs": 64},
+            25,
+            "25% of the 87.5 KiB that the box leaves",
+        ),
     ],
 )
 def test_the_cache_is_as_large_as_granted_and_no_larger_than_useful(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], blocks: int
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], blocks: int, bound: str
 ) -> None:
-    monkeypatch.setattr(runner, "free_memory", lambda _device: 100 * 4 * TOKEN_BYTES)
+    free = Room(100 * 4 * TOKEN_BYTES, "the box")
+    monkeypatch.setattr(runner, "free_memory", lambda _device: free)
     config = EngineConfig.model_validate({"block_size": 4} | settings)
-    assert count_blocks([TwoLayers()], config, "cpu") == blocks
+    assert count_blocks([TwoLayers()], config, "cpu") == CacheSize(blocks, bound)
 
 
 def test_memory_for_less_than_a_block_is_an_error() -> None:
@@ -164,19 +212,27 @@ def test_memory_for_less_than_a_block_is_an_error() -> None:
         count_blocks([TwoLayers()], config, "cpu")
 
 
-def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "/proc/meminfo": "MemTotal:  900 kB\nMemAvailable:   500 kB\n",
-        "/sys/fs/cgroup/memory.max": "400000\n",
-        "/sys/fs/cgroup/memory.current": "100000\n",
-    }
-    monkeypatch.setattr(Path, "exists", lambda self: str(self) in files)
-    monkeypatch.setattr(Path, "read_text", lambda self: files[str(self)])
-    assert free_memory("cpu") == 300_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert free_memory("cpu") == 500 * 1024
-    files["/sys/fs/cgroup/memory.max"] = "50000\n"
-    assert free_memory("cpu") == 0
+@pytest.mark.parametrize("memory", ["400GiB", 101 * 4 * TOKEN_BYTES])
+def test_more_memory_than_there_is_is_an_error_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch, memory: str | int
+) -> None:
+    free = Room(100 * 4 * TOKEN_BYTES, "the box")
+    monkeypatch.setattr(runner, "free_memory", lambda _device: free)
+    config = EngineConfig.model_validate({"block_size": 4, "kv_cache_memory": memory})
+    with pytest.raises(ModelUnavailable) as caught:
+        count_blocks([TwoLayers()], config, "cpu")
+    assert re.fullmatch(
+        r"the KV cache \(--kv-cache-memory\) takes (88\.4 KiB|14\.0 MiB) of memory, and the box "
+        r"leaves 87\.5 KiB",
+        str(caught.value),
+    )
+
+
+def test_free_memory_of_the_cpu_is_what_the_machine_and_its_limits_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: Room(5, "the box"))
+    assert free_memory("cpu") == Room(5, "the box")
 
 
 @pytest.mark.parametrize(

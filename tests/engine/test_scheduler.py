@@ -1,5 +1,6 @@
 """What each step computes, who waits, who gives way, and what the prefix cache saves."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_prompts_take_only_so_much_of_a_step_beside_running_streams(
     step(core, len(parts))
     assert [dict(lengths(plan))["long"] for plan in plans] == parts
     assert all(len(plan.chunks) == streams + 1 for plan in plans)
+
+
+def test_prompt_tokens_deep_in_their_context_are_fewer_beside_running_streams(
+    tokenizer: Tokenizer,
+) -> None:
+    """Attention makes them dearer: at three times the depth at which they cost double, half."""
+    core = core_of(tokenizer, num_blocks=128)
+    core.scheduler.deep = 32
+    submit(core, 4, "stream", max_tokens=60)
+    step(core, 2)
+    plans = record_plans(core)
+    submit(core, 140, "long", first=50)
+    step(core, 12)
+    parts = [dict(lengths(plan))["long"] for plan in plans]
+    assert parts == [16, 16, 16, 12, 11, 9, 9, 8, 7, 7, 7, 6]
 
 
 def test_only_on_cpu_there_is_such_a_limit_by_default() -> None:
@@ -729,3 +745,26 @@ def test_every_row_without_a_valid_token_frees_its_place(tokenizer: Tokenizer) -
     results = run(nothing, request(nothing, prompt(5), n=2))
     assert [results.choices["r", index].stop_reason for index in range(2)] == ["no_valid_token"] * 2
     assert_all_free(nothing)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_storms_of_preemptions_of_many_priorities_keep_every_account(
+    tokenizer: Tokenizer, seed: int
+) -> None:
+    """Also of those that give way in the step in which they would have been planned."""
+    rng = random.Random(seed)
+    core = core_of(tokenizer, num_blocks=20, max_num_seqs=8, max_batch_tokens=12)
+    results, submitted = Results(), 0
+    for _ in range(600):
+        if submitted < 24 and rng.random() < 0.5:
+            size, first = rng.choice([16, 24]), rng.randrange(90)
+            options = {"max_tokens": rng.randint(1, 24), "n": rng.choice([1, 1, 2])}
+            submit(core, size, str(submitted), first, priority=rng.randint(-2, 2), **options)
+            submitted += 1
+        if core.has_work:
+            collect(results, core.step()[0])
+            check(core)
+    assert not core.has_work
+    assert len(results.finished) == 24
+    assert sum(one.num_preemptions for one in results.finished.values()) > 3
+    assert_all_free(core)

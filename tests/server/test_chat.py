@@ -277,7 +277,7 @@ async def test_a_trusting_server_takes_templates_from_requests(
 
     assert tokenizer.decode(answer["prompt_token_ids"]) == "[hi][hi]calm<t>"
     assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "messages"
+    assert refused.json()["error"]["param"] == "chat_template"
 
 
 @pytest.mark.anyio

@@ -8,7 +8,7 @@ import pytest
 
 from engine.params import SamplingParams
 from engine.tokenizer import Tokenizer
-from server.routes.explain import _NEED_MORE
+from server.inputs import NEED_MORE
 from server.schemas import ExplainedPosition, Explanation
 from tests.support import tiny
 from tests.support.engines import tiny_core
@@ -272,7 +272,7 @@ def test_the_place_behind_the_text_is_the_last(client: httpx.Client) -> None:
     )
 
 
-@pytest.mark.parametrize("name", _NEED_MORE)
+@pytest.mark.parametrize("name", NEED_MORE)
 def test_what_needs_more_sequences_is_refused_by_name(client: httpx.Client, name: str) -> None:
     assert refused(client, **asking(name)) == (name, "unsupported_parameter")
 
@@ -284,7 +284,7 @@ def test_all_that_needs_more_sequences_or_tokens_is_refused() -> None:
         hidden = params.num_pause_tokens or params.num_latent_thoughts
         if params.num_sequences > 1 or params.has_companion or params.sed or hidden:
             sampled = name in ("n", "best_of")
-            assert sampled != any(params.asks(one) for one in _NEED_MORE), name
+            assert sampled != any(params.asks(one) for one in NEED_MORE), name
 
 
 def test_unknown_fields_are_named_or_refused(client: httpx.Client) -> None:

@@ -14,8 +14,8 @@ from engine.params import EXCLUDES
 from engine.prepare import ModelInfo
 from server.app import create_app
 from server.config import ServerConfig
+from server.inputs import sampling_params
 from server.schemas import ChatCompletionRequest, CompletionRequest
-from server.serving import sampling_params
 from tests.support.engines import tiny_core
 from tests.support.logits import asking
 from tests.support.servers import asgi_client

@@ -415,9 +415,9 @@ def narrow(tiny_folder: Path) -> Iterator[httpx.Client]:
         # The widest search runs one hypothesis at a time.
         (BEAMS | {"beam_width": 65, "beam_strategy": "best_first"}, "beam_width", 64, 65),
         # What does not fit in memory, or in the context.
-        (BEAMS | {"max_tokens": 30}, "max_tokens", 24, 36),
-        ({"guidance_scale": 1.5, "n": 2, "max_tokens": 22}, "max_tokens", 24, 26),
-        ({"sed": SED, "max_tokens": 60}, "max_tokens", 24, 36),
+        (BEAMS | {"max_tokens": 30}, "beam_width", 24, 33),
+        ({"guidance_scale": 1.5, "n": 2, "max_tokens": 22}, "n", 24, 25),
+        ({"sed": SED, "max_tokens": 60}, "sed.k", 24, 35),
         ({"num_latent_thoughts": 64, "max_tokens": 40}, "prompt", 96, 110),
         ({"num_pause_tokens": 90, "pause_token": ".", "max_tokens": 1}, "prompt", 96, 97),
     ],
@@ -533,6 +533,7 @@ def test_a_pattern_without_end_fails_its_request_alone(client: httpx.Client) -> 
     body |= {"allowed_token_ids": [68], "cot_pattern": "(a|a)*[bc]"}
     response = client.post(COMPLETIONS, json=body)
 
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "internal_error"
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("cot_pattern", "invalid_value")
     ask(client, COMPLETIONS, {"prompt": "a", "max_tokens": 2})

@@ -25,6 +25,7 @@ class ScriptedModel:
 
     dtype = torch.float32
     kv_shapes = (KVShape(1, _DIM, _DIM),)
+    hidden_size = 1 << 20  # so large that to attend costs nothing beside it
     has_lens = False
 
     def __init__(

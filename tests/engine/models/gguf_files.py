@@ -1,6 +1,7 @@
 """GGUF files of tiny random models, written with the format's own library."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import transformers
 from numpy.typing import NDArray
 
+from engine.models import conversions
 from tests.support import tiny
 
 Kind = gguf.GGMLQuantizationType
@@ -146,3 +148,8 @@ def write_llama(path: Path, **more: Any) -> Path:
     hf = transformers.LlamaForCausalLM(CONFIGS["llama"]())
     metadata = metadata_of("llama", hf.config) | tokenizer_metadata() | more
     return write(path, "llama", metadata, tensors_of("llama", hf))
+
+
+def converted(path: Path, home: Path) -> Path:
+    """The folder of a file, in a cache of one's own."""
+    return conversions.fetch(conversions.of_file(path), home, threading.Event())

@@ -15,11 +15,10 @@ from safetensors.numpy import load_file
 
 from engine.errors import ModelUnavailable
 from engine.models import gguf as conversion
-from engine.models.gguf import convert
 from engine.models.load import load_config
 from engine.models.weights import Weights
 from tests.engine.models import gguf_files
-from tests.engine.models.gguf_files import Kind
+from tests.engine.models.gguf_files import Kind, converted
 from tests.support.engines import tiny_core
 from tests.support.packed import packed_logits
 
@@ -75,7 +74,7 @@ def write(path: Path, architecture: str, hf: Any, **more: Any) -> Path:
 
 def converted_config(path: Path, tmp_path: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(
-        (convert(path, tmp_path / "cache") / "config.json").read_text()
+        (converted(path, tmp_path / "cache") / "config.json").read_text()
     )
     return config
 
@@ -96,7 +95,7 @@ def test_each_kind_of_block_becomes_the_numbers_that_the_format_defines(
         kinds[name] = Kind.F32 if weight.ndim == 1 else kind
     metadata = gguf_files.metadata_of("llama", config) | gguf_files.tokenizer_metadata()
     path = gguf_files.write(tmp_path / "m.gguf", "llama", metadata, tensors, kinds)
-    folder = convert(path, tmp_path / "cache")
+    folder = converted(path, tmp_path / "cache")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     got = {name: load_file(folder / file)[name] for name, file in index.items()}
     want = {name: gguf.dequantize(values, kinds[name]) for name, values in tensors.items()}
@@ -138,7 +137,7 @@ def test_a_model_that_went_through_a_file_gives_the_same_logits(
     architecture: str, more: dict[str, Any], tmp_path: Path
 ) -> None:
     hf = hf_model(architecture, **more)
-    folder = convert(write(tmp_path / "m.gguf", architecture, hf), tmp_path / "cache")
+    folder = converted(write(tmp_path / "m.gguf", architecture, hf), tmp_path / "cache")
     core, info = tiny_core(folder)
     assert info.model_type == hf.config.model_type
     for ids, logits in zip(PROMPTS, packed_logits(core.model, PROMPTS), strict=True):
@@ -160,7 +159,7 @@ def test_codes_in_groups_are_kept_beside_the_numbers_they_stand_for(
         kinds[name] = Kind.F32 if weight.ndim == 1 else kind
     metadata = gguf_files.metadata_of("llama", hf.config) | gguf_files.tokenizer_metadata()
     path = gguf_files.write(tmp_path / "m.gguf", "llama", metadata, tensors, kinds)
-    folder = convert(path, tmp_path / "cache")
+    folder = converted(path, tmp_path / "cache")
     grouped, plain = (Weights(folder, torch.float32, "cpu") for _ in range(2))
     for name, rows in (("q_proj", 128), ("k_proj", 64), ("v_proj", 64), ("o_proj", 128)):
         name, shape = f"model.layers.0.self_attn.{name}.weight", (rows, 128)
@@ -177,7 +176,7 @@ def test_large_weights_are_spread_over_several_files(
 ) -> None:
     monkeypatch.setattr(conversion, "_SHARD_BYTES", 40_000)
     hf = hf_model("llama")
-    folder = convert(write(tmp_path / "m.gguf", "llama", hf), tmp_path / "cache")
+    folder = converted(write(tmp_path / "m.gguf", "llama", hf), tmp_path / "cache")
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     core, _ = tiny_core(folder)
     with torch.inference_mode():
@@ -193,7 +192,7 @@ def test_the_config_holds_the_numbers_of_the_metadata(tmp_path: Path) -> None:
     hf = hf_model("qwen3", rope_theta=500_000.0)
     more = {"tokenizer.ggml.eot_token_id": 7}
     path = write(tmp_path / "m.gguf", "qwen3", hf, **more)
-    folder = convert(path, tmp_path / "cache")
+    folder = converted(path, tmp_path / "cache")
     config = load_config(folder)
     for name in (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -224,7 +223,7 @@ def test_named_rope_scalings_are_taken_over(kind: str, tmp_path: Path) -> None:
     scaling = {"type": kind, "factor": 4.0, "original_context_length": 64}
     more = {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
     path = gguf_files.write_llama(tmp_path / "m.gguf", **more)
-    config = load_config(convert(path, tmp_path / "cache"))
+    config = load_config(converted(path, tmp_path / "cache"))
     assert config.rope_parameters["rope_type"] == kind
     assert config.rope_parameters["factor"] == 4.0
     assert config.rope_parameters["original_max_position_embeddings"] == 64
@@ -234,7 +233,7 @@ def test_gemma_scales_the_angles_of_its_global_layers_only(tmp_path: Path) -> No
     hf = hf_model("gemma3", rope_theta=1e6)
     more = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
     path = write(tmp_path / "m.gguf", "gemma3", hf, **more)
-    ropes = load_config(convert(path, tmp_path / "cache")).rope_parameters
+    ropes = load_config(converted(path, tmp_path / "cache")).rope_parameters
     assert (ropes["full_attention"]["rope_type"], ropes["full_attention"]["factor"]) == (
         "linear",
         8.0,
@@ -269,7 +268,7 @@ def write_with_divisors(path: Path, divisors: NDArray[np.float32]) -> Path:
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_divisors_of_the_angles_are_recognised_as_llama_3s(factor: float, tmp_path: Path) -> None:
     divisors = llama3_divisors(factor, 500_000.0, 32)
-    folder = convert(write_with_divisors(tmp_path / "m.gguf", divisors), tmp_path / "cache")
+    folder = converted(write_with_divisors(tmp_path / "m.gguf", divisors), tmp_path / "cache")
     core, _ = tiny_core(folder)
     plain = 500_000.0 ** -(np.arange(0, 32, 2) / 32)
     assert torch.allclose(
@@ -283,8 +282,8 @@ def test_divisors_of_the_angles_are_recognised_as_llama_3s(factor: float, tmp_pa
 def refusal(path: Path, tmp_path: Path) -> str:
     cache = tmp_path / "cache"
     with pytest.raises(ModelUnavailable) as caught:
-        convert(path, cache)
-    assert not list(cache.glob("*"))  # nothing half done is left
+        converted(path, cache)
+    assert not [path for path in cache.rglob("*") if path.is_file()]  # nothing half done is left
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -382,47 +381,3 @@ def test_a_file_that_cannot_be_served_says_why_in_a_line(
     write_file: Callable[[Path], Path], reason: str, tmp_path: Path
 ) -> None:
     assert reason in refusal(write_file(tmp_path / "m.gguf"), tmp_path)
-
-
-# -- the cache
-
-
-def test_a_conversion_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = gguf_files.write_llama(tmp_path / "m.gguf")
-    folder = convert(path, tmp_path / "cache")
-
-    def unread(*_args: Any) -> None:
-        raise AssertionError("the file was read again")
-
-    monkeypatch.setattr(gguf, "GGUFReader", unread)
-    assert convert(path, tmp_path / "cache") == folder
-    monkeypatch.undo()
-    gguf_files.write_llama(path, **{"llama.context_length": 128})
-    again = convert(path, tmp_path / "cache")
-    assert again != folder
-    assert json.loads((again / "config.json").read_text())["max_position_embeddings"] == 128
-
-
-def test_files_of_the_same_name_do_not_share_a_conversion(tmp_path: Path) -> None:
-    paths = [tmp_path / name / "m.gguf" for name in ("a", "b")]
-    for path in paths:
-        path.parent.mkdir()
-        gguf_files.write_llama(path)
-    assert len({convert(path, tmp_path / "cache") for path in paths}) == 2
-
-
-def test_the_first_of_two_processes_that_convert_the_same_file_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, cache = gguf_files.write_llama(tmp_path / "m.gguf"), tmp_path / "cache"
-    slow = conversion._convert
-
-    def overtaken(source: Path, folder: Path) -> None:
-        slow(source, folder)
-        monkeypatch.undo()
-        convert(source, cache)  # the other one
-
-    monkeypatch.setattr(conversion, "_convert", overtaken)
-    folder = convert(path, cache)
-    assert list(cache.iterdir()) == [folder]
-    assert (folder / "config.json").exists()

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Backend
 
 from engine.errors import ModelUnavailable
 from engine.models.gguf_tokenizer import tokenizer_files
-from engine.models.source import Source, home, read_config
+from engine.models.source import home, read_config
+from engine.models.wheels import Source
 from engine.tokenizer import Tokenizer
 from tests.engine.models.gguf_files import tokenizer_metadata
 from tests.support.engines import tiny_core

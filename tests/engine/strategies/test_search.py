@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from engine.core import EngineCore
+from engine.strategies.base import Branch
 from engine.strategies.search import A_STAR, BEST_FIRST, BREADTH, Parts, Search
 from engine.tokenizer import Tokenizer
+from engine.types import Group
 from tests.support import tiny
 from tests.support.beams import (
     ENDS,
@@ -26,9 +28,11 @@ from tests.support.beams import (
     toy_core,
 )
 from tests.support.engines import (
+    EOS,
     Results,
     assert_all_free,
     collect,
+    request,
     run,
     scripted_core,
     tiny_core,
@@ -355,7 +359,7 @@ def test_no_more_wait_than_there_is_memory_for(small: Tiny, memory: int) -> None
             (group,) = core.scheduler.running
             strategy = group.strategy
             assert isinstance(strategy, Search)
-            assert len(strategy.queue) <= memory
+            assert len(strategy.waiting) <= memory
             assert len(group.asleep) <= memory
         assert results.merge().finished
         assert_all_free(core)
@@ -364,12 +368,64 @@ def test_no_more_wait_than_there_is_memory_for(small: Tiny, memory: int) -> None
             assert results.ids() == greedy.ids()
 
 
+def test_without_a_number_there_is_memory_for_so_many_tokens(
+    small: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"beam_strategy": "best_first", "beam_width": 4, "n": 3, "max_tokens": 7}
+    prompts = prompts_of(6, seed=8)
+    limited = small.search(prompts, **options, beam_memory=3)
+    monkeypatch.setattr("engine.params.MAX_WAITING_TOKENS", 3 * 7)
+    assert small.search(prompts, **options).choices == limited.choices
+
+
+def test_a_step_touches_only_what_it_changes(small: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sleep, and however many hypotheses wait."""
+    numbers: list[tuple[int, int]] = []
+    commit = small.core.scheduler.commit
+
+    def counting(group: Group, branches: list[Branch]) -> None:
+        numbers.append((len(branches), len(group.asleep)))
+        commit(group, branches)
+
+    monkeypatch.setattr(small.core.scheduler, "commit", counting)
+    options = {"beam_strategy": "best_first", "beam_width": 48, "n": 48, "max_tokens": 12}
+    small.search(prompts_of(1, seed=4), **options, ignore_eos=True)
+    touched, sleeping = zip(*numbers, strict=True)
+    assert max(sleeping) > 20
+    # What it takes up, whose parent and itself may sleep; each sleeper is dropped once.
+    assert sum(touched) <= 4 * len(numbers)
+
+
 def test_enough_memory_changes_nothing(small: Tiny) -> None:
     prompts = prompts_of(6, seed=8)
     options = {"beam_strategy": "best_first", "beam_width": 4, "n": 3, "max_tokens": 7}
     unlimited = small.search(prompts, **options)
     limited = small.search(prompts, **options, beam_memory=4 * 7)
     assert limited.choices == unlimited.choices
+
+
+def test_sleepers_keep_no_blocks_from_other_requests(tokenizer: Tokenizer) -> None:
+    """Neither from one that runs, which had to give way to them, nor from one that waits."""
+    core = scripted_core(ScriptedModel(attentive=True), tokenizer, num_blocks=24)
+    options = {"beam_strategy": "best_first", "beam_width": 8, "n": 8, "max_tokens": 24}
+    core.submit(beams(core, [30, 31, 32], "search", **options, ignore_eos=True))
+    results = Results()
+
+    def step() -> None:
+        collect(results, core.step()[0])
+        check(core)
+
+    while core.scheduler.pool.num_free > 2:
+        step()
+    assert len(core.scheduler.running[0].asleep) > 4
+    short = request(core, [3] * 9, "short", max_tokens=24, logit_bias={str(EOS): -100})
+    core.submit(short)
+    num_steps = 0
+    while "short" not in results.finished:
+        step()
+        num_steps += 1
+    assert num_steps == 24
+    assert results.finished["short"].num_preemptions == 0
 
 
 def test_sleepers_that_lose_their_blocks_are_computed_again(tokenizer: Tokenizer) -> None:
