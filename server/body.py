@@ -27,6 +27,7 @@ class JSONRequest(Request):
     async def read(self) -> None:
         """Find out what the body asks for. Raises ApiError, and what reading it raises."""
         state, log = state_of(self), self.state.log
+        state.model()  # without one, the body is of no use
         held = _Held(self, state)
         try:
             data = await held.body()

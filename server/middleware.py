@@ -154,7 +154,7 @@ class RequestContext:
             if whole:
                 return await receive()
             if self.state.draining:
-                raise shutting_down()
+                self.state.model()  # says why there is none
             request.begin_reading()
             message = await receive()
             if not message.get("more_body", False):

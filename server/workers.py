@@ -104,7 +104,7 @@ class Workers:
             try:
                 return await (await self._forker_of(reader)).fork()
             except (OSError, EOFError) as error:
-                raise Overloaded("the process that reads bodies cannot be started") from error
+                raise _unstarted() from error
 
     async def _forker_of(self, reader: Reader) -> "_Forker":
         if self._forker is None:
@@ -166,16 +166,20 @@ class _Forker:
     @classmethod
     async def start(cls, reader: Reader) -> "_Forker":
         """Raises Overloaded if the system has no room for it."""
+        content = await asyncio.to_thread(pickle.dumps, reader)
         control, theirs = socket.socketpair()
         try:
             with theirs:
                 process = await asyncio.to_thread(_start, theirs.fileno())
-            forker = cls(process, control)
-            content = await asyncio.to_thread(pickle.dumps, reader)
+        except OSError as error:
+            control.close()
+            raise _unstarted() from error
+        forker = cls(process, control)
+        try:
             await asyncio.wait_for(asyncio.to_thread(forker._send, content), _START_S)
         except (OSError, TimeoutError) as error:
-            control.close()
-            raise Overloaded("the process that reads bodies cannot be started") from error
+            await asyncio.to_thread(forker.stop)
+            raise _unstarted() from error
         return forker
 
     def _send(self, content: bytes) -> None:
@@ -215,6 +219,10 @@ def _start(descriptor: int) -> "subprocess.Popen[bytes]":
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # a terminal's signals are the server's to deal with
     )
+
+
+def _unstarted() -> Overloaded:
+    return Overloaded("the process that reads bodies cannot be started")
 
 
 async def _unpickled(content: bytes) -> Input:

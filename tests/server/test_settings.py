@@ -41,7 +41,7 @@ PLACES: list[tuple[str, str, list[tuple[Any, Any]], Any]] = [
         [("org/a,b", ["org/a", "b"]), ("c", ["c"]), ('"d,e"', ["d", "e"])],
         [],
     ),
-    ("server", "max_body_bytes", [("1KiB", 1024), ("2MB", 2_000_000), ("3", 3)], 32 << 20),
+    ("server", "max_body_bytes", [("1KiB", 1024), ("2MB", 2_000_000), ("3", 3)], 4 << 20),
     ("server", "drain_delay", [("0", 0.0), ("0.5", 0.5), ("2", 2.0)], 5.0),
     (
         "engine",

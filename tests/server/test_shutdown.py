@@ -255,14 +255,6 @@ def test_what_is_not_read_or_not_done_is_cut_off_without_a_trace(
 ) -> None:
     """A stream that its client leaves unread, and a text that a worker is not done with."""
     monkeypatch.setattr("server.run._LAST_ANSWERS_S", 0.5)
-    may_encode = threading.Event()
-    encode = tokenizer.encode
-
-    def slow_encode(text: str, **options: Any) -> list[int]:
-        assert len(text) < 30_000 or may_encode.wait(60)
-        return encode(text, **options)
-
-    monkeypatch.setattr(tokenizer, "encode", slow_encode)
     model = GatedModel(free_steps=200)
     app = app_of(model, tokenizer, shutdown_timeout=0.0, slow_client_timeout=600)
     with running(app, model) as one:
@@ -276,13 +268,17 @@ def test_what_is_not_read_or_not_done_is_cut_off_without_a_trace(
             }
             wide |= {"top_logprobs": 20, "ignore_eos": True}
             unread.sendall(post(CHAT, wide))
-            waiting.sendall(post("/tokenize", {"prompt": "a" * 30_000}))
+            long = {"prompt": "a" * 100_000}  # after which its worker ends
+            assert httpx.post(f"{one.url}/tokenize", json=long, trust_env=False).is_success
+            forker = one.state.workers._forker
+            assert forker is not None
+            os.kill(forker.result()._process.pid, signal.SIGSTOP)
+            waiting.sendall(post("/tokenize", long))
             eventually(lambda: one.state.num_inflight == 2)
             connections = one.server.server_state.connections
             eventually(lambda: any(each.flow.write_paused for each in connections))
             one.signal()
             assert Reply(read_to_end(waiting), 0).error["code"] == "draining"
-            may_encode.set()
             model.gate.set()
             one.thread.join(60)
             assert not one.thread.is_alive()
