@@ -1,10 +1,12 @@
 """How steadily a server streams: alone, and while it reads long prompts.
 
 Some clients stream. For a while they are alone; then long prompts with one token of output come,
-one after the other. A line each has the time between tokens, how long `GET /live` takes, and how
-late the server's event loop came to its timers, where its metrics tell: an upper bound of what the
-99th of a hundred and the last of all were late by. The load generator has the same cores, so all of
-these are upper bounds. One line of JSON comes last.
+one after the other. All the while another client asks for one token behind a short prompt, and
+again a little after its answer. A line each has the time between tokens, how long `GET /live` and
+the first token behind a short prompt take, and how late the server's event loop came to its timers,
+where its metrics tell: an upper bound of what the 99th of a hundred and the last of all were late
+by. The load generator has the same cores, so all of these are upper bounds. One line of JSON comes
+last.
 
     python -m benchmarks.steady
     python -m benchmarks.steady --clients 8 --long-prompt 4096 --prompts 1
@@ -12,6 +14,7 @@ these are upper bounds. One line of JSON comes last.
 
 import argparse
 import asyncio
+import itertools
 import json
 import re
 import time
@@ -23,6 +26,8 @@ import aiohttp
 
 from benchmarks import serve
 
+_PAUSE_S = 0.1  # between short prompts
+
 
 @dataclass
 class Watch:
@@ -30,17 +35,20 @@ class Watch:
 
     streams: list[serve.Sample]
     probes: list[tuple[float, float]] = field(default_factory=list)  # when, and how long
+    shorts: list[serve.Sample] = field(default_factory=list)  # requests with short prompts
     lags: list[Counter[float]] = field(default_factory=list)  # as `_lags` says, at three times
 
     def between(self, begin: float, end: float) -> dict[str, Any]:
-        """Milliseconds between tokens and of the probes."""
+        """Milliseconds between tokens, of the probes, and until short prompts have a token."""
         gaps = [gap for stream in self.streams for gap in stream.gaps(begin, end)]
         probes = [took for at, took in self.probes if begin <= at < end]
+        shorts = [one.times[0] - one.sent for one in self.shorts if begin <= one.sent < end]
         return {
             "seconds": round(end - begin, 1),
             "tokens": len(gaps),
             "gap_ms": spread(gaps),
             "live_ms": spread(probes),
+            "short_ttft_ms": spread(shorts),
         }
 
 
@@ -51,8 +59,11 @@ def spread(seconds: list[float]) -> dict[str, float]:
 async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> dict[str, Any]:
     """What the streams of some clients were like alone, and beside long prompts."""
     watch = Watch([serve.Sample() for _ in range(clients)])
-    long = replace(load, prompt_tokens=args.long_prompt, output_tokens=1, seed=f"{load.seed}:long")
-    async with serve.connect(load, clients + 2) as http:
+    one_token = replace(load, output_tokens=1)
+    long = replace(one_token, prompt_tokens=args.long_prompt, seed=f"{load.seed}:long")
+    short = replace(one_token, prompt_tokens=args.short_prompt, seed=f"{load.seed}:short")
+    over = asyncio.Event()
+    async with serve.connect(load, clients + 3) as http:
         streams = [
             asyncio.create_task(serve.ask(http, load, number, sample))
             for number, sample in enumerate(watch.streams)
@@ -65,6 +76,7 @@ async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> d
                 if time.perf_counter() > deadline:
                     raise SystemExit("not all streams have begun after two minutes")
                 await asyncio.sleep(0.01)
+            asking = asyncio.create_task(_ask_short(http, short, watch, over))
             watch.lags.append(await _lags(http))
             alone = time.perf_counter()
             await asyncio.sleep(args.seconds)
@@ -74,8 +86,11 @@ async def watched(load: serve.Load, args: argparse.Namespace, clients: int) -> d
                 await serve.ask(http, long, number)
             end = time.perf_counter()
             watch.lags.append(await _lags(http))
+            over.set()
+            await asking
             await _all_going(streams)
         finally:
+            over.set()
             for task in (*streams, probing):
                 task.cancel()
             await asyncio.gather(*streams, probing, return_exceptions=True)
@@ -110,6 +125,20 @@ async def _all_going(streams: list["asyncio.Task[serve.Sample]"]) -> None:
             raise SystemExit("a stream ended too early: ask for more --output-tokens")
 
 
+async def _ask_short(
+    http: aiohttp.ClientSession, load: serve.Load, watch: Watch, over: asyncio.Event
+) -> None:
+    """Ask one request after the other, and have the last one answered."""
+    for number in itertools.count():
+        watch.shorts.append(await serve.ask(http, load, number))
+        try:
+            async with asyncio.timeout(_PAUSE_S):
+                await over.wait()
+                return
+        except TimeoutError:
+            pass
+
+
 async def _probe(http: aiohttp.ClientSession, watch: Watch) -> None:
     while True:
         begin = time.perf_counter()
@@ -128,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="that the streams are alone")
     parser.add_argument("--long-prompt", type=int, default=1024, help="tokens of a long prompt")
     parser.add_argument("--prompts", type=int, default=2, help="how many long prompts")
+    parser.add_argument("--short-prompt", type=int, default=12, help="tokens of a short prompt")
     serve.add_load_options(parser)
     parser.set_defaults(clients=[8, 32, 64], prompt_tokens=16, output_tokens=1500)
     args = parser.parse_args()

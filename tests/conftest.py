@@ -1,6 +1,7 @@
 """Fixtures that tests of every kind share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from tests.support import tiny
 from tests.support.engines import tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# For `benchmarks`, which is not installed; last, so that what is installed is what is tested.
+sys.path.append(str(Path(__file__).parent.parent))
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _CORES = max(1, torch.get_num_threads() // _WORKERS)  # for this process

@@ -30,6 +30,7 @@ def slow_core(folder: Path) -> tuple[EngineCore, ModelInfo]:
 
 def steady(url: str, output_tokens: int) -> "subprocess.CompletedProcess[str]":
     lengths = ("--prompt-tokens", "4", "--long-prompt", "40", "--prompts", "1", "--text")
+    lengths += ("--short-prompt", "2")
     watched = ("--clients", "2", "--seconds", "0.3", "--output-tokens", str(output_tokens))
     command = [sys.executable, "-m", "benchmarks.steady", "--url", url, *lengths, *watched]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -46,6 +47,7 @@ def test_what_is_seen_alone_and_beside_a_long_prompt(tiny_folder: Path) -> None:
         assert one["tokens"] > 0
         assert 0.0 < one["gap_ms"]["p50"] <= one["gap_ms"]["max"]
         assert 0.0 < one["live_ms"]["p50"] <= one["live_ms"]["max"]
+    assert found["alone"]["short_ttft_ms"]["p50"] > 0.0
     lag = found["alone"]["lag_ms"]  # the other time is too short for a timer
     assert 0.0 < lag["p99"] <= lag["max"]
     assert (ended.returncode, refused.returncode) == (1, 1)

@@ -250,9 +250,9 @@ def test_messages_become_a_prompt(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("template", "variables", "param"),
     [
-        ("{{ raise_exception('not so') }}", {}, "messages"),
-        ("{{ messages[7]['content'].x }}", {}, "messages"),
-        ("{% broken", {}, "messages"),
+        ("{{ raise_exception('not so') }}", {}, "chat_template"),
+        ("{{ messages[7]['content'].x }}", {}, "chat_template"),
+        ("{% broken", {}, "chat_template"),
         ("x", {"tokenize": True}, "chat_template_kwargs.tokenize"),
         ("x", {"conversation": []}, "chat_template_kwargs.conversation"),
     ],
