@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from engine.config import EngineConfig, shown_size
 from engine.errors import ModelUnavailable
-from engine.machine import address_space, free_memory
+from engine.machine import address_space, free_memory, take_short_turns
 from engine.models.source import config_names, locate
 from server import __version__, stdio
 from server.settings import OPTIONS, BadOption, Settings, flag, resolve, variable
@@ -79,9 +79,11 @@ def _unwound() -> Iterator[None]:
 
 def _import_serve() -> Callable[[Settings], int]:
     """Imported only now: torch takes seconds."""
-    # Between the parts of a step OpenMP's threads look out for work for half a millisecond,
-    # then sleep. By default they go on so long that HTTP never has a core to itself.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Between the parts of a step OpenMP's threads look out for work for some microseconds, then
+    # sleep. By default they go on so long that nobody else has a core: not HTTP, nor a thread of
+    # theirs that another process keeps from its core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    take_short_turns()  # before there are other threads
     _check_room()
     try:
         from server.run import serve

@@ -1,5 +1,6 @@
 """What the process may use: trees as the system lays them out, real limits, real cgroups."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -290,3 +291,39 @@ def test_real_cgroups_are_read(real_cgroups: dict[str, Path]) -> None:
     assert room.endswith(f"cgroup {real_cgroups['memory'].parent}')")
     assert 400 * MIB < eval(room, {"Room": Room}).free < 600 * MIB
     assert count == "1"
+
+
+# -- turns
+
+
+READ_TURNS = """
+import ctypes, os, platform, threading
+from engine.machine import _SCHED_SETATTR, _Scheduling, take_short_turns
+
+def reads():
+    own = _Scheduling()
+    number = _SCHED_SETATTR[platform.machine()] + 1
+    assert not ctypes.CDLL(None).syscall(number, 0, ctypes.byref(own), ctypes.sizeof(own), 0)
+    return own.policy, own.nice, own.runtime
+
+os.nice(3)
+before = reads()
+take_short_turns()
+after = reads()
+child = []
+thread = threading.Thread(target=lambda: child.append(reads()))
+thread.start()
+thread.join()
+print(before, after, child[0], sep=";")
+"""
+
+
+def test_turns_are_shorter_and_nothing_else_changes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", READ_TURNS], capture_output=True, text=True, check=True
+    )
+    before, after, child = (ast.literal_eval(each) for each in done.stdout.split(";"))
+    assert after[:2] == before[:2] == (os.SCHED_OTHER, 3)
+    assert child == after
+    if before[2]:  # this Linux has turns that can be set
+        assert after[2] < before[2]

@@ -194,7 +194,7 @@ def test_parsing_options_loads_no_model_code() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("own", "want"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("own", "want"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_without_work_soon_sleep(own: dict[str, str], want: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run(
