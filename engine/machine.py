@@ -22,7 +22,7 @@ _STACKS = 128 << 20  # of threads that compute nothing, and what malloc reserves
 _SPACE = "`ulimit -v`"
 _NO_LIMIT = 1 << 60  # version 1 writes "none" as the largest number of whole pages
 
-_TURN_NS = 300_000
+_TURN_NS = 100_000
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the system call's number, by machine
 
 # Files of a cgroup, of either version: its limits, what it uses, and in memory.stat what of that is

@@ -4,6 +4,11 @@
 // `logitmill_isa` says which of them this machine has, and every call names one.
 
 #include <sched.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else

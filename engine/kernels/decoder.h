@@ -4,11 +4,31 @@
 // behind each; inside a phase they take tasks from a counter, so that one whose core is busy with
 // something else does less.
 
-// One phase's tasks: how many have been taken, and how many are done.
+// One phase's tasks: how many have been taken, and how many are done; and does somebody sleep until
+// all are?
 struct alignas(128) Phase {
     std::atomic<int64_t> taken{0};
     std::atomic<int64_t> done{0};
+    std::atomic<int32_t> asleep{0};
 };
+
+constexpr int kSpins = 2000;  // 100 microseconds or less, far longer than a task
+
+// Sleep until woken; for nothing at times, and not at all where it is no longer set.
+inline void sleep_while_set(std::atomic<int32_t>& asleep) {
+#ifdef __linux__
+    syscall(SYS_futex, &asleep, FUTEX_WAIT_PRIVATE, 1, nullptr, nullptr, 0);
+#else
+    sched_yield();
+#endif
+}
+
+inline void wake(std::atomic<int32_t>& asleep) {
+#ifdef __linux__
+    asleep.store(0);
+    syscall(SYS_futex, &asleep, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#endif
+}
 
 // A thread's way through the phases. It goes on when all tasks of a phase are done, whoever did them:
 // a thread whose core is busy with something else holds up nobody unless it has taken a task.
@@ -25,7 +45,7 @@ struct Walker {
             if (first >= count) break;
             const int64_t last = smaller(first + grain, count);
             work(first, last);
-            mine.done.fetch_add(last - first, std::memory_order_acq_rel);
+            finish(mine, last - first, count);
         }
         wait(mine, count);
     }
@@ -40,16 +60,25 @@ struct Walker {
             const bool early = task + 2 * num_threads < count;
             const int64_t next = early ? take() : task + num_threads;
             work(task, next);
-            mine.done.fetch_add(1, std::memory_order_acq_rel);
+            finish(mine, 1, count);
             task = early ? next : take();
         }
         wait(mine, count);
     }
 
+    INLINE void finish(Phase& mine, int64_t tasks, int64_t count) {
+        if (mine.done.fetch_add(tasks) + tasks == count && mine.asleep.load()) wake(mine.asleep);
+    }
+
+    // Whoever is waited for may be waiting for this core.
     INLINE void wait(Phase& mine, int64_t count) {
-        for (int64_t spins = 0; mine.done.load(std::memory_order_acquire) < count; ++spins) {
-            if (spins < 2000) PAUSE();
-            else sched_yield();
+        for (int spins = 0; mine.done.load(std::memory_order_acquire) < count; ++spins) {
+            if (spins < kSpins) {
+                PAUSE();
+            } else {
+                mine.asleep.store(1);
+                if (mine.done.load() < count) sleep_while_set(mine.asleep);
+            }
         }
     }
 };
