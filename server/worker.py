@@ -43,7 +43,8 @@ class TooSlow(Exception):
 
 def main(descriptor: int) -> None:
     """Get what reading needs, then fork a worker for each socket that comes, until no more can."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this will end it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the server ends this, by closing the socket
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave nothing behind
     os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -216,6 +216,21 @@ async def test_the_process_that_forks_is_started_again(reader: Reader) -> None:
         assert (await own.read(incoming({"prompt": "a"}), reader)).requests
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_signals_for_the_whole_service_are_the_servers_to_deal_with(
+    reader: Reader, number: signal.Signals
+) -> None:
+    """Bodies are read to the end while it drains."""
+    async with some_workers() as own:
+        pid = await an_idle_one(own, reader)
+        assert own._forker is not None
+        forker = own._forker.result()._process
+        for each in (pid, forker.pid):
+            os.kill(each, number)
+        assert await an_idle_one(own, reader) == pid
+        assert forker.poll() is None
+
+
 async def test_whoever_leaves_takes_the_worker_along(reader: Reader) -> None:
     async with some_workers() as own:
         slow = incoming({"messages": [USER], "chat_template": ENDLESS}, CHAT)
