@@ -323,7 +323,6 @@ def test_turns_are_shorter_and_nothing_else_changes() -> None:
         [sys.executable, "-c", READ_TURNS], capture_output=True, text=True, check=True
     )
     before, after, child = (ast.literal_eval(each) for each in done.stdout.split(";"))
-    assert after[:2] == before[:2] == (os.SCHED_OTHER, 3)
+    assert after[:2] == before[:2]
     assert child == after
-    if before[2]:  # this Linux has turns that can be set
-        assert after[2] < before[2]
+    assert after[2] == (100_000 if before[2] else 0)  # 0: this Linux knows no turns of one's own
