@@ -20,7 +20,10 @@ def load(
     shipped = read_config(model) or {}
     config = EngineConfig.model_validate(shipped.get("engine", {}) | {"model": model} | options)
     beside = None if amateur is None else (amateur[0], locate(amateur[1]).fetch())
-    return load_engine(config, locate(model).fetch(), beside)
+    core, info = load_engine(config, locate(model).fetch(), beside)
+    while core.idle():  # as a server's is before anybody comes
+        pass
+    return core, info
 
 
 def submit(

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 _C = ctypes.CDLL(None)
-_PART_BYTES = 4 << 20
+_PART_BYTES = 2 << 20
 _LONG_S = 0.01  # of processor time: no stream notices what a collection takes that is shorter
 
 _begun_s = 0.0  # when the collection began that is going on, on its thread's clock

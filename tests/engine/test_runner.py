@@ -96,8 +96,8 @@ def test_the_caches_memory_is_there_before_it_is_needed_and_as_it_was(tokenizer:
 
 
 def test_a_busy_engine_stays_ahead_of_what_is_used() -> None:
-    """By 4 MiB of each tensor, a part a step; after a step of many tokens by as much as it used."""
-    part, page = 4 << 20, mmap.PAGESIZE
+    """By 2 MiB of each tensor, a part a step; after a step of many tokens by as much as it used."""
+    part, page = 2 << 20, mmap.PAGESIZE
     # Straight from the system, whatever the allocator keeps.
     tensors = [torch.frombuffer(mmap.mmap(-1, 16 * part), dtype=torch.uint8) for _ in range(3)]
     backing = Backing(tensors)
