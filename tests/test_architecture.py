@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine import errors, types
+from engine import errors, messages, types
 from engine.messages import Delta, Failed, Finished, FinishReason, Request, StepStats, Token
 from engine.params import SamplingParams
 from engine.prepare import ModelInfo, Output
@@ -164,8 +164,9 @@ def test_messages_pickle_and_cannot_be_changed(message: Any) -> None:
 def test_every_dataclass_is_frozen_but_the_schedulers_records() -> None:
     own = {
         name: value
-        for name, value in vars(types).items()
-        if dataclasses.is_dataclass(value) and value.__module__ == types.__name__
+        for module in (types, messages)
+        for name, value in vars(module).items()
+        if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
     }
     mutable = {name for name, value in own.items() if not value.__dataclass_params__.frozen}
     assert mutable == {"Sequence", "Group"}
