@@ -132,6 +132,7 @@ class Server(uvicorn.Server):
         )
         self.state: ServerState = app.state.server
         self.exit_code = 0
+        self.is_listening = False
         self.on_shutdown: Callable[[], None] = lambda: None
         self._max_files = max_files
         self._listeners: list[Listener] = []
@@ -141,6 +142,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then take connections from these sockets."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets=[])
         state, connections, config = self.state, self.server_state, self.config
         for one in sockets or ():
@@ -153,10 +155,10 @@ class Server(uvicorn.Server):
                     backlog=config.backlog,
                 )
             )
+        self.is_listening = True
 
     async def main_loop(self) -> None:
         """Until it is time to go; called by uvicorn once the socket is open."""
-        self._loop = asyncio.get_running_loop()
         self._start(self._watch())
         await super().main_loop()
 

@@ -58,7 +58,7 @@ def running(
     one = Running(app, loop)
     one.thread.start()
     try:
-        eventually(lambda: one.server.started)
+        eventually(lambda: one.server.is_listening)
         yield one
     finally:
         if gated is not None:
@@ -272,7 +272,9 @@ def test_what_is_not_read_or_not_done_is_cut_off_without_a_trace(
             assert httpx.post(f"{one.url}/tokenize", json=long, trust_env=False).is_success
             forker = one.state.workers._forker
             assert forker is not None
-            os.kill(forker.result()._process.pid, signal.SIGSTOP)
+            process = forker.result()._process
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
             waiting.sendall(post("/tokenize", long))
             eventually(lambda: one.state.num_inflight == 2)
             connections = one.server.server_state.connections
