@@ -1,5 +1,6 @@
 """The model's tokenizer, and what each token is in bytes."""
 
+import copy
 import inspect
 import json
 import math
@@ -45,6 +46,7 @@ class Tokenizer:
         self._folder = folder
         self._lock = threading.Lock()
         self._hf: Any = None
+        self._remembered: dict[tuple[tuple[str, ...], bool], list[list[int]]] | None = None
         self._plain = _read_plain(folder)
         if self._plain is not None:
             self._backend = self._plain.backend
@@ -115,10 +117,25 @@ class Tokenizer:
         """Each text by itself. Other threads run meanwhile, as they do not beside `encode` of
         `tokenizers`.
         """
+        key = (tuple(texts), add_special_tokens)
+        if self._remembered is not None and key in self._remembered:
+            return [ids.copy() for ids in self._remembered[key]]
         encoded = self._backend.encode_batch_fast(
             list(texts), add_special_tokens=add_special_tokens
         )
-        return [one.ids for one in encoded]
+        all_ids = [one.ids for one in encoded]
+        if self._remembered is not None:
+            self._remembered[key] = [ids.copy() for ids in all_ids]
+        return all_ids
+
+    def remembering(self) -> "Tokenizer":
+        """The same tokenizer, which encodes no text twice: for what the prompts of a request share.
+
+        It keeps all it has encoded, so it should not outlive that request.
+        """
+        other = copy.copy(self)
+        other._remembered = {}
+        return other
 
     def least_tokens(self, text: str) -> int:
         """No encoding of this text has fewer tokens: found in no time, however long it is."""
@@ -182,8 +199,10 @@ class Tokenizer:
             )
         except Exception as error:
             own = options.get("chat_template")
+            reason = "it takes too much memory" if isinstance(error, MemoryError) else str(error)
             raise InvalidRequest(
-                f"the chat template refuses these messages: {str(error)[:_SHOWN_ERROR]}",
+                "the chat template refuses these messages: "
+                f"{reason[:_SHOWN_ERROR] or type(error).__name__}",
                 "chat_template" if own else "messages",
             ) from error
         return text

@@ -1,13 +1,15 @@
 """The ASGI application: routes, error handlers, life."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -23,6 +25,7 @@ from server.routes import chat, completions, explain, health, models
 from server.schemas import ErrorBody
 from server.state import ServerState
 
+_OPENAPI = "/openapi.json"
 _LAG_EVERY_S = 0.1  # how often the event loop's lateness is measured
 _BOUNDS = {
     "ge": "minimum",
@@ -55,9 +58,9 @@ def create_app(
         title="logitmill",
         version=__version__,
         lifespan=_lifespan,
-        docs_url="/docs" if config.docs else None,
+        docs_url=None,
         redoc_url=None,
-        openapi_url="/openapi.json" if config.docs else None,
+        openapi_url=None,
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
@@ -68,6 +71,8 @@ def create_app(
         app.add_exception_handler(kind, respond)
     app.add_middleware(RequestContext, state=state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    if config.docs:
+        _serve_docs(app)
     return app
 
 
@@ -99,6 +104,26 @@ async def _watch_lag(metrics: Metrics) -> None:
         due = loop.time() + _LAG_EVERY_S
         await asyncio.sleep(_LAG_EVERY_S)
         metrics.on_lag(max(loop.time() - due, 0.0))
+
+
+def _serve_docs(app: FastAPI) -> None:
+    """As FastAPI does, but making the document once, and off the event loop: it takes long."""
+    written: list[bytes] = []
+    lock = asyncio.Lock()
+
+    def write() -> bytes:
+        return json.dumps(app.openapi()).encode()
+
+    @app.get(_OPENAPI, include_in_schema=False)
+    async def openapi() -> Response:
+        async with lock:
+            if not written:
+                written.append(await asyncio.to_thread(write))
+        return Response(written[0], media_type="application/json")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url=_OPENAPI, title=app.title)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

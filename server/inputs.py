@@ -120,7 +120,10 @@ def quick(incoming: Incoming) -> dict[str, Any] | None:
     if len(incoming.data) > QUICK_BYTES or incoming.path in _RENDERING:
         return None
     value = parse(incoming.data)
-    return None if value.keys() & _PROGRAMS else value
+    prompts = value.get("prompt")
+    # What is to be found of a request, be it short, is found for each of its prompts.
+    are_many = isinstance(prompts, list) and any(not isinstance(one, int) for one in prompts[1:])
+    return None if are_many or value.keys() & _PROGRAMS else value
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -279,13 +282,14 @@ def _generation(
     name = incoming.label if incoming.named else body.request_id or incoming.label
     label = f"{name}-{incoming.number}"
     several = len(prompts) > 1
+    tokenizer = reader.tokenizer.remembering() if several else reader.tokenizer
     requests = [
         prepare(
             _truncated(prompt_ids, body, reader.info.context_len),
             params,
             output,
             reader.info,
-            reader.tokenizer,
+            tokenizer,
             request_id=f"{label}.{number}" if several else label,
             prompt_param=f"{param}[{number}]" if several else param,
             default_max_tokens=None if is_chat else _DEFAULT_MAX_TOKENS,

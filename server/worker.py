@@ -17,11 +17,14 @@ import socket
 import struct
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from engine.errors import InvalidRequest
+from engine.machine import free_memory
 from server.errors import ApiError, to_api_error
 from server.inputs import Incoming, Reader, read
 
@@ -32,6 +35,7 @@ _GRACE_S = 2  # until the system ends what does not even stop then
 _NICE = 5  # streams go first
 _MEMORY_BYTES = 512 << 20  # beside as many times a body's size:
 _MEMORY_PER_BYTE = 64
+_LEAST_BYTES = 32 << 20  # where the machine has hardly any left; it is half of that otherwise
 
 FORK = b"f"  # asks for a worker, whose socket comes with it
 _LENGTH = struct.Struct("!Q")
@@ -47,6 +51,8 @@ def main(descriptor: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # the server ends this, by closing the socket
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave nothing behind
     os.nice(_NICE)
+    with suppress(OSError):  # where memory runs out, this goes, not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     control = socket.socket(fileno=descriptor)
     content = receive(control)
@@ -119,7 +125,8 @@ def _limit(size: int, cpu_s: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(used.ru_utime + used.ru_stime + cpu_s) + _GRACE_S
-    memory = _data_bytes() + _MEMORY_BYTES + _MEMORY_PER_BYTE * size
+    wanted = _MEMORY_BYTES + _MEMORY_PER_BYTE * size
+    memory = _data_bytes() + min(wanted, max(free_memory().free // 2, _LEAST_BYTES))
     for which, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, memory)):
         _, hard = resource.getrlimit(which)
         resource.setrlimit(which, (most if hard < 0 else min(most, hard), hard))

@@ -187,6 +187,9 @@ def test_only_what_is_small_and_no_program_is_read_on_the_event_loop() -> None:
     assert inputs.quick(incoming({"prompt": "a"}, padding=inputs.QUICK_BYTES)) is None
     assert inputs.quick(incoming({"prompt": "a", "cot_pattern": "a"})) is None
     assert inputs.quick(incoming({"messages": [USER]}, CHAT)) is None
+    assert inputs.quick(incoming({"prompt": ["a", "b"], "bad_words": ["c"]})) is None
+    assert inputs.quick(incoming({"prompt": [[5], [6]]})) is None
+    assert inputs.quick(incoming({"prompt": [5, 6]})) == {"prompt": [5, 6]}
     assert inputs.quick(incoming({"messages": [USER]}, "/tokenize")) is None
 
 
@@ -204,6 +207,24 @@ async def test_a_worker_that_is_ended_fails_its_body_alone(reader: Reader) -> No
             await task
         assert raised.value.status == 400
         assert (await own.read(incoming({"prompt": "a"}), reader)).requests
+
+
+async def test_what_prompts_share_is_encoded_once(reader: Reader) -> None:
+    """Two megabytes of tokens for each of many prompts would take more time than there is."""
+    body = {"prompt": ["a"] * 256, "max_tokens": 2, "guidance_scale": 2.0}
+    own = replace(reader, info=replace(reader.info, context_len=1 << 20, num_blocks=1 << 20))
+    async with some_workers() as some:
+        found = await some.read(incoming(body | {"negative_prompt": "word " * 12_000}), own)
+    assert len({one.companion_ids for one in found.requests}) == 1
+    assert len(found.requests) == 256
+
+
+async def test_where_memory_runs_out_workers_go_before_the_server(reader: Reader) -> None:
+    async with some_workers() as own:
+        pid = await an_idle_one(own, reader)
+        assert own._forker is not None
+        for each in (pid, own._forker.result()._process.pid):
+            assert Path(f"/proc/{each}/oom_score_adj").read_text() == "1000\n"
 
 
 async def test_the_process_that_forks_is_started_again(reader: Reader) -> None:
