@@ -75,6 +75,8 @@ def main(descriptor: int) -> None:
 def _serve(connection: socket.socket, reader: Reader) -> NoReturn:
     """Read bodies until the server closes the connection, or one was large."""
     signal.signal(signal.SIGPROF, _on_time)
+    # Where memory runs out, libraries end the process with pages of words that help nobody.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     status = 1
     try:
         send(connection, str(os.getpid()).encode())
@@ -116,7 +118,9 @@ def _answer(incoming: Incoming, reader: Reader) -> bytes:
 
 def too_much(error: BaseException | None = None) -> ApiError:
     """What is told of a body that takes too much."""
-    reason = str(error) or "it takes too much memory" if error else "it takes too much"
+    reason = "it takes more memory or time than there is for it"
+    if error is not None:
+        reason = str(error) or "it takes too much memory"
     return to_api_error(InvalidRequest(f"The body cannot be read: {reason}."))
 
 
