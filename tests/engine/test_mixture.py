@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,7 @@ def check_same(got: Any, want: Any) -> None:
         assert got.keys() == want.keys()
         for name, value in want.items():
             check_same(got[name], value)
-    elif isinstance(want, list | tuple):
+    elif isinstance(want, Seq) and not isinstance(want, str):
         assert len(got) == len(want), (got, want)
         for one, other in zip(got, want, strict=True):
             check_same(one, other)
