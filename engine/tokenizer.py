@@ -39,7 +39,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """Text to ids and back. Reading is thread-safe; nothing is ever written. Pickles."""
+    """Text to ids and back. Thread-safe, but for what is `remembering`. Pickles."""
 
     def __init__(self, folder: Path) -> None:
         """Load from a Hugging Face folder. Raises ModelUnavailable."""

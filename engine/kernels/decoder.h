@@ -12,7 +12,7 @@ struct alignas(128) Phase {
     std::atomic<int32_t> asleep{0};
 };
 
-constexpr int kSpins = 2000;  // 100 microseconds or less, far longer than a task
+constexpr int kSpins = 2000;  // some tens of microseconds: most of what single tokens wait
 
 // Sleep until woken; for nothing at times, and not at all where it is no longer set.
 inline void sleep_while_set(std::atomic<int32_t>& asleep) {

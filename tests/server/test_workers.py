@@ -210,7 +210,7 @@ async def test_a_worker_that_is_ended_fails_its_body_alone(reader: Reader) -> No
 
 
 async def test_what_prompts_share_is_encoded_once(reader: Reader) -> None:
-    """Two megabytes of tokens for each of many prompts would take more time than there is."""
+    """Encoding a long text for each of many prompts would take more time than there is."""
     body = {"prompt": ["a"] * 256, "max_tokens": 2, "guidance_scale": 2.0}
     own = replace(reader, info=replace(reader.info, context_len=1 << 20, num_blocks=1 << 20))
     async with some_workers() as some:
